@@ -1,0 +1,62 @@
+"""Braid's exceptions: one root, and one class per thing that a caller can do about it.
+
+Every message says what is wrong, the value, what is allowed, where (shard, id, field) and the mend.
+"""
+
+__all__ = [
+    "AlignmentError",
+    "BraidError",
+    "BudgetExceeded",
+    "DecodeError",
+    "InputError",
+    "MissingExtra",
+    "NotFound",
+    "SpecError",
+    "StoreError",
+]
+
+
+class BraidError(Exception):
+    """Root of every error that Braid raises on purpose. Its text is meant for a person."""
+
+
+class InputError(BraidError):
+    """An argument or an input file is wrong: correct it and call again."""
+
+
+class SpecError(InputError):
+    """The spec is wrong: its text lists every mistake with line, value, what is allowed and the mend."""
+
+
+class NotFound(BraidError):
+    """The store has no such corpus, view, index, set, version or id: its text lists what there is."""
+
+
+class StoreError(BraidError):
+    """The store cannot be read or written: check its address, its rights and its options."""
+
+
+class AlignmentError(StoreError):
+    """An artefact does not hold what the catalog says: run `braid verify`, then `braid run` to remake it."""
+
+
+class BudgetExceeded(BraidError):
+    """More values were rejected than the spec's failure budget allows: read quarantine/, mend or raise it."""
+
+
+class MissingExtra(BraidError):
+    """A package of an optional extra is not installed: install the extra that its text names."""
+
+
+class DecodeError(BraidError):
+    """One value cannot be decoded. It goes to quarantine with `reason`; its batch goes on.
+
+    Attributes:
+        reason: a short code, e.g. `empty`, `invalid_utf8`, `decode_error`, `too_large`, `nan_output`.
+        detail: what the decoder said, for the quarantine table.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
