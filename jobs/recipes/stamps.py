@@ -180,7 +180,7 @@ def _captions(path: Path) -> dict[str, str]:
 
 
 def caption_of(text: str) -> dict[str, str]:
-    """Language -> caption of one caption file. The first line is English, whatever it holds; blanks are missing.
+    """Language -> caption of one caption file; the first line is English, whatever is in it. No blanks.
 
     >>> caption_of("2 + 2 = 4\\nfr.utf8=Deux et deux.\\nde.utf8=")
     {'en': '2 + 2 = 4', 'fr': 'Deux et deux.'}
