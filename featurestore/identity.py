@@ -62,7 +62,9 @@ class IngestDigest:
 
     def add(self, sample_id: str, etag: str) -> None:
         """Adds one sample."""
-        self._sum += int.from_bytes(hashlib.sha256(f"{len(sample_id)}:{sample_id}{etag}".encode()).digest()[:16])
+        self._sum += int.from_bytes(
+            hashlib.sha256(f"{len(sample_id)}:{sample_id}{etag}".encode()).digest()[:16]
+        )
         self.count += 1
 
     def key(self) -> str:
@@ -79,7 +81,9 @@ def check_id(sample_id: object, where: str) -> str:
     except UnicodeEncodeError:
         raise InputError(f"{where}: id {sample_id!r} is not valid UTF-8; correct it in the source") from None
     if size > MAX_ID_BYTES:
-        raise InputError(f"{where}: id {sample_id[:40]!r}… has {size} bytes; at most {MAX_ID_BYTES} are allowed")
+        raise InputError(
+            f"{where}: id {sample_id[:40]!r}… has {size} bytes; at most {MAX_ID_BYTES} are allowed"
+        )
     return sample_id
 
 
@@ -90,14 +94,17 @@ def tar_key(sample_id: str) -> str:
     """The WebDataset key of a sample: its id, with what WebDataset or a tar would misread %-escaped.
 
     WebDataset cuts a key at the first dot of the last path part, so dots there are escaped; percent signs, backslashes
-    and control characters everywhere; a leading slash, a slash after a slash, and the parts `.` and `..`, so that no
-    tar names a path outside. One-to-one: `from_tar_key` restores the id.
+    and control characters everywhere; a slash that begins or ends the id or follows a slash; and the parts `.` and `..`,
+    so that no tar names a path outside. One-to-one: `from_tar_key` restores the id.
     """
     head, slash, last = _CONTROL_OR_PERCENT.sub(_escape, sample_id).rpartition("/")
-    folders = [part.replace(".", "%2E") if part in (".", "..") else part for part in head.split("/")] if slash else []
+    folders = (
+        [part.replace(".", "%2E") if part in (".", "..") else part for part in head.split("/")]
+        if slash
+        else []
+    )
     key = "/".join([*folders, last.replace(".", "%2E")])
-    key = re.sub(r"(?<=/)/", "%2F", key)
-    return "%2F" + key[1:] if key.startswith("/") else key
+    return re.sub(r"^/|(?<=/)/|/$", "%2F", key)
 
 
 def from_tar_key(key: str) -> str:

@@ -1,0 +1,94 @@
+"""Corpus formats: one module each, its name is the `type` in the spec.
+
+A source yields references, never bytes: `references()` is what planning and the one shuffle see (about 200 bytes a
+sample), `samples()` reads again what a worker needs to write its shard.
+"""
+
+import datetime
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from featurestore.errors import DecodeError, InputError
+
+MAX_VALUE_BYTES = 256 << 20
+"""A value larger than this goes to quarantine as `too_large` before it is read."""
+
+TIMESTAMPS = ("event_timestamp", "available_timestamp")
+
+
+class SampleRef(NamedTuple):
+    """Where one sample stands in its source: `length` bytes at `offset` of `uri`.
+
+    `etag` changes when the sample does: a digest over its line in the source and each file's size and time of change.
+    `bytes` is the size of its values, as far as the source can tell without reading them.
+    """
+
+    id: str
+    group: str
+    etag: str
+    bytes: int
+    uri: str
+    offset: int
+    length: int
+
+
+class Value(Protocol):
+    """A raw value that can be fetched; raises DecodeError(reason, detail) where it cannot."""
+
+    source: str
+
+    def fetch(self) -> bytes:
+        """The bytes."""
+        ...
+
+
+class Sample(NamedTuple):
+    """A sample as the source gives it: kept columns, and a value or None (absent) for each field."""
+
+    id: str
+    group: str
+    etag: str
+    columns: dict[str, Any]
+    values: dict[str, Value | None]
+
+
+class Source(Protocol):
+    """What every corpus format offers."""
+
+    def references(self) -> Iterator[SampleRef]:
+        """Every sample, in the source's order."""
+        ...
+
+    def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
+        """The samples of some references, in the order given."""
+        ...
+
+
+def open_source(corpus: dict[str, Any]) -> Source:
+    """The source of a corpus, from the corpus part of a spec as a dict (as it travels to workers)."""
+    module = importlib.import_module(f"pipelines.sources.{corpus['source']['type'].replace('-', '_')}")
+    source: Source = module.open_source(corpus)
+    return source
+
+
+def timestamp_ns(value: object, where: str) -> int | None:
+    """Nanoseconds since 1970 UTC of an ISO 8601 text (UTC where it names no zone) or of whole nanoseconds."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        moment = datetime.datetime.fromisoformat(str(value))
+    except ValueError:
+        raise InputError(
+            f"{where}: {value!r} is not a time; allowed: ISO 8601, e.g. 2026-01-31T12:00:00Z, or whole nanoseconds since 1970"
+        ) from None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return ((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds) * 1_000
+
+
+def too_large(size: int) -> DecodeError:
+    """The rejection of a value over the limit."""
+    return DecodeError("too_large", f"{size} bytes; at most {MAX_VALUE_BYTES} are allowed")

@@ -1,0 +1,175 @@
+"""Reading a corpus: its shards' rows, and the raw values in their tars.
+
+A corpus shard is two files: a WebDataset tar of raw fields, and a Parquet table with one row per sample in the order of the
+ids. Per field the table has a struct `present, offset, size, digest, ext, miss_reason, source`: offset and size locate the
+value in the tar, so that one value is read without reading the tar.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from featurestore import artefact
+from featurestore.catalog import Entry, Snapshot
+from featurestore.errors import AlignmentError, NotFound
+from featurestore.identity import DIGEST_BYTES, ids_sha256, input_digest, tar_key
+from featurestore.storage import Storage
+
+ROWS, MEDIA, QUARANTINE = "corpus", "media", "quarantine"
+"""Kinds in the catalog: a shard's rows, its tar, and what a stage rejected of it."""
+
+MEMBER = pa.struct(
+    [
+        pa.field("present", pa.bool_(), nullable=False),
+        pa.field("offset", pa.int64()),
+        pa.field("size", pa.int64()),
+        pa.field("digest", pa.binary(DIGEST_BYTES)),
+        pa.field("ext", pa.string()),
+        pa.field("miss_reason", pa.string()),
+        pa.field("source", pa.string()),
+    ]
+)
+"""A field's column. `miss_reason` is null where the value is present, `absent` where the source has none, or the reason
+under which it stands in quarantine."""
+
+REJECTED = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("field", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+        pa.field("source", pa.string()),
+    ]
+)
+"""A quarantine file: every value that a stage rejected of one shard."""
+
+
+def member_name(sample_id: str, field: str, ext: str) -> str:
+    """The name of a value in its shard's tar."""
+    return f"{tar_key(sample_id)}.{field}.{ext}"
+
+
+class Corpus:
+    """A corpus at one version of the store.
+
+    Iterating shards in order of their keys and rows in their order is the order of every artefact made from it.
+    """
+
+    def __init__(self, snapshot: Snapshot, name: str) -> None:
+        self.name = name
+        self.storage: Storage = snapshot.storage
+        self.version = snapshot.version
+        self.shards: list[Entry] = snapshot.entries(ROWS, name)
+        if not self.shards:
+            raise NotFound(
+                f"no corpus {name!r} in {self.storage.uri}; it has: {', '.join(snapshot.names(ROWS)) or 'none'}"
+            )
+        self._media = {entry.shard: entry for entry in snapshot.entries(MEDIA, name)}
+        self._by_key = {entry.shard: entry for entry in self.shards}
+        self._rows: dict[str, pa.Table] = {}
+
+    def __repr__(self) -> str:
+        return f"Corpus({self.name!r}, {self.rows} samples in {len(self.shards)} shards, fields {', '.join(self.fields)})"
+
+    @property
+    def rows(self) -> int:
+        """Number of samples."""
+        return sum(entry.rows for entry in self.shards)
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Modality of each field."""
+        return dict(self.shards[0].info()["fields"])
+
+    def shard(self, key: str) -> Entry:
+        """The catalog's entry of a shard's rows."""
+        if key not in self._by_key:
+            raise NotFound(f"corpus {self.name!r} has no shard {key!r} in version {self.version}")
+        return self._by_key[key]
+
+    def media(self, key: str) -> Entry:
+        """The catalog's entry of a shard's tar."""
+        if key not in self._media:
+            raise AlignmentError(
+                f"shard {key} of corpus {self.name!r} has rows but no tar in the catalog; run `braid verify`"
+            )
+        return self._media[key]
+
+    def read(self, key: str) -> pa.Table:
+        """A shard's rows, checked against the catalog. Kept in memory once read."""
+        if key not in self._rows:
+            self._rows[key] = read_rows(self.storage, self.shard(key))
+        return self._rows[key]
+
+    def ids(self, key: str) -> list[str]:
+        """A shard's ids in order."""
+        return list(self.read(key)["id"].to_pylist())
+
+    def to_arrow(self) -> pa.Table:
+        """All rows in order, with `shard` and `row` columns in front."""
+        return pa.concat_tables(
+            [_located(self.read(entry.shard), entry.shard) for entry in self.shards],
+            promote_options="permissive",
+        )
+
+    def value(self, key: str, row: int, field: str) -> bytes | None:
+        """A raw value, or None where it is missing.
+
+        Raises:
+            AlignmentError: the bytes in the tar are not the ones that the rows name.
+        """
+        rows = self.read(key)
+        if field not in rows.column_names:
+            raise NotFound(f"corpus {self.name!r} has no field {field!r}; it has: {', '.join(self.fields)}")
+        member = rows[field][row].as_py()
+        if not member["present"]:
+            return None
+        raw = self.storage.read(self.media(key).path, member["offset"], member["size"])
+        if input_digest(raw) != member["digest"]:
+            sample_id = rows["id"][row].as_py()
+            raise AlignmentError(
+                f"{self.media(key).path}: the {field} of {sample_id!r} (shard {key}, row {row}) is not the value that was "
+                "stored; run `braid verify`"
+            )
+        return raw
+
+    def values(self, key: str, field: str) -> Iterator[bytes | None]:
+        """A field's raw values of one shard, in the order of its rows."""
+        for row in range(self.shard(key).rows):
+            yield self.value(key, row, field)
+
+
+def _located(rows: pa.Table, key: str) -> pa.Table:
+    table = rows.add_column(0, "shard", pa.array([key] * len(rows), pa.string()))
+    return table.add_column(1, "row", pa.array(range(len(rows)), pa.int64()))
+
+
+def read_rows(storage: Storage, entry: Entry) -> pa.Table:
+    """The rows of a corpus shard, checked: the file's sha256, the number of rows, and the digest of its ids."""
+    table = artefact.read_table(artefact.read_checked(storage, entry.path, entry.sha256))
+    if len(table) != entry.rows:
+        raise AlignmentError(
+            f"{entry.path}: {len(table)} rows where the catalog says {entry.rows}; run `braid verify`"
+        )
+    if ids_sha256(table["id"].to_pylist()) != entry.ids_sha256:
+        raise AlignmentError(
+            f"{entry.path}: its ids are not the ones that the catalog names; run `braid verify`"
+        )
+    return table.replace_schema_metadata(None)
+
+
+def tar_members(content: Any) -> Iterator[tuple[str, int, int]]:
+    """(name, data offset, size) of each regular file of an open tar; AlignmentError where anything else stands in it."""
+    try:
+        with tarfile.open(fileobj=content, mode="r:") as tar:
+            for info in tar:
+                if not info.isreg():
+                    raise AlignmentError(
+                        f"tar member {info.name!r} is not a regular file; Braid writes none such"
+                    )
+                yield info.name, info.offset_data, info.size
+    except tarfile.TarError as error:
+        raise AlignmentError(f"not a whole tar: {error}") from error

@@ -1,0 +1,149 @@
+"""Running one stage's Beam job: typed elements, one commit at its end, and the runner named.
+
+`DirectRunner` tries to fetch a runner binary and may run a job twice, so the local runner is FnApiRunner by name.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.coders import registry
+from apache_beam.coders.row_coder import RowCoder
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from featurestore.catalog import Catalog, Change, Entry
+from featurestore.errors import BraidError, BudgetExceeded
+from featurestore.storage import Storage
+
+LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+
+
+class Result(NamedTuple):
+    """What a worker made of one shard (or of one build): the entries to publish, and what it rejected.
+
+    `entries` is a JSON list of catalog entries; `tried` and `rejected` count values; `example` is one rejection in words.
+    """
+
+    shard: str
+    entries: str
+    tried: int
+    rejected: int
+    example: str
+
+
+def result(
+    shard: str, entries: Sequence[Entry], tried: int = 0, rejected: int = 0, example: str = ""
+) -> Result:
+    """A Result of catalog entries."""
+    return Result(shard, json.dumps(entries), tried, rejected, example)
+
+
+class Scope(NamedTuple):
+    """A (kind, name) that a job publishes under, and the recipe it publishes."""
+
+    kind: str
+    name: str
+    recipe: str
+
+
+def typed(row: type[Any]) -> type[Any]:
+    """Registers the row coder for a NamedTuple, so that no element of it is pickled; returns it."""
+    registry.register_coder(row, RowCoder)
+    return row
+
+
+typed(Result)
+
+
+class Commit(beam.PTransform):
+    """Publishes all Results of a job in one catalog commit: the job's last step, run by one worker on one element.
+
+    Runs again harmlessly. Where more than `budget` of the values tried were rejected it publishes nothing and raises
+    BudgetExceeded; what the workers wrote stays, and a run with a larger budget goes on from it.
+    """
+
+    def __init__(
+        self, storage: Storage, job: str, scopes: Sequence[Scope], budget: float = 0.0, whole: bool = False
+    ) -> None:
+        super().__init__()
+        self._do_fn = _CommitFn(storage.to_json(), job, [tuple(scope) for scope in scopes], budget, whole)
+
+    def expand(self, results: beam.PCollection) -> beam.PCollection:
+        """PCollection of Result -> PCollection of the version committed."""
+        return (
+            results
+            | "Key" >> beam.Map(lambda each: (0, each)).with_output_types(tuple[int, Result])
+            | "Gather" >> beam.GroupByKey()
+            | "Publish" >> beam.ParDo(self._do_fn).with_output_types(int)
+        )
+
+
+class _CommitFn(beam.DoFn):
+    def __init__(self, storage: str, job: str, scopes: list[Any], budget: float, whole: bool) -> None:
+        self._storage, self._job, self._scopes, self._budget, self._whole = (
+            storage,
+            job,
+            scopes,
+            budget,
+            whole,
+        )
+
+    def process(self, element: tuple[int, Iterable[Result]]) -> Iterable[int]:
+        results = sorted(element[1], key=lambda each: each.shard)
+        check_budget(self._job, results, self._budget)
+        yield Catalog(Storage.from_json(self._storage)).commit(
+            self._job, changes(results, [Scope(*scope) for scope in self._scopes], self._whole)
+        )
+
+
+def check_budget(job: str, results: Iterable[Result], budget: float) -> None:
+    """Raises BudgetExceeded where more than `budget` (a share of the values tried) was rejected."""
+    results = list(results)
+    tried, rejected = sum(each.tried for each in results), sum(each.rejected for each in results)
+    if rejected > budget * tried:
+        example = next(each.example for each in results if each.rejected)
+        raise BudgetExceeded(
+            f"{job}: {rejected} of {tried} values were rejected ({rejected / tried:.2%}), more than the failure budget of "
+            f"{budget:.2%}; e.g. {example}. Nothing was published and nothing is lost: mend the values, or raise "
+            f"corpus.failure_budget in the spec above {rejected / tried:.2%}, and run it again (what is done is kept)"
+        )
+
+
+def changes(results: Iterable[Result], scopes: Iterable[Scope], whole: bool) -> list[Change]:
+    """The catalog changes of a job. `whole`: the results are all there is of each recipe (a build)."""
+    results = list(results)
+    entries = [Entry(*fields) for each in results for fields in json.loads(each.entries)]
+    covers = None if whole else frozenset(each.shard for each in results)
+    made = []
+    for scope in scopes:
+        own = tuple(entry for entry in entries if entry.key[:3] == tuple(scope))
+        made.append(Change(scope.kind, scope.name, scope.recipe, own, covers))
+    return made
+
+
+class Job:
+    """One Beam pipeline, built by a stage and run here."""
+
+    def __init__(self, beam_args: Sequence[str] = ()) -> None:
+        args = list(beam_args)
+        if not any(arg == "--runner" or arg.startswith("--runner=") for arg in args):
+            args += [f"--runner={LOCAL_RUNNER}"]
+        # Descriptors are few and each is long work: a bundle of its own for each keeps results flowing.
+        self.pipeline = beam.Pipeline(options=PipelineOptions(args))
+
+    def run(self) -> Any:
+        """Runs to the end and returns Beam's result; a BraidError of a worker is raised as itself."""
+        try:
+            outcome = self.pipeline.run()
+            outcome.wait_until_finish()
+        except BraidError as error:
+            raise _without_step(error) from error.__cause__
+        return outcome
+
+
+def _without_step(error: BraidError) -> BraidError:
+    """Beam appends ` [while running 'Step']` to messages; a person does not need it."""
+    text = re.sub(r" \[while running '[^']*'\]", "", str(error))
+    return type(error)(text)

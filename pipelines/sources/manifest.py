@@ -1,0 +1,190 @@
+"""Manifests: JSON Lines, one sample a line, with paths or inline text per field, plus labels and columns.
+
+Paths are relative to the manifest's own folder, or absolute, or URIs. `null`, an absent key and `""` mean that the value is
+absent. Bytes that are not UTF-8 spoil only the value they stand in: they reach quarantine as they are.
+"""
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import fsspec
+
+from featurestore.errors import DecodeError, InputError
+from featurestore.identity import check_id
+from pipelines.sources import (
+    MAX_VALUE_BYTES,
+    TIMESTAMPS,
+    Sample,
+    SampleRef,
+    Source,
+    Value,
+    timestamp_ns,
+    too_large,
+)
+
+PROTOCOLS = ("file", "local", "s3", "gs", "http", "https")
+MAX_LINE_BYTES = 16 << 20
+
+
+class InlineText(NamedTuple):
+    """Text that stands in the manifest itself."""
+
+    text: str
+    source: str
+
+    def fetch(self) -> bytes:
+        """Its bytes as they stood in the manifest, valid UTF-8 or not."""
+        return self.text.encode("utf-8", "surrogateescape")
+
+
+class FileValue(NamedTuple):
+    """A value in a file of its own; `source` is the path as the manifest gives it."""
+
+    uri: str
+    source: str
+
+    def fetch(self) -> bytes:
+        """The file's bytes; DecodeError `unreadable` or `too_large`."""
+        try:
+            fs, path = _filesystem(self.uri)
+            with fs.open(path, "rb") as file:
+                content: bytes = file.read(MAX_VALUE_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise DecodeError("unreadable", f"{self.source}: {error}") from error
+        if len(content) > MAX_VALUE_BYTES:
+            raise too_large(len(content))
+        return content
+
+
+def open_source(corpus: dict[str, Any]) -> Source:
+    """The manifest that a corpus's `source.path` names."""
+    return Manifest(corpus)
+
+
+class Manifest:
+    """One JSONL file."""
+
+    def __init__(self, corpus: dict[str, Any]) -> None:
+        self.uri: str = corpus["source"]["path"]
+        self._names = {key: column for key, column in corpus["columns"].items() if column}
+        self._fields: dict[str, dict[str, Any]] = corpus["fields"]
+        self._taken = {*self._names.values(), *(field["from"] for field in self._fields.values())}
+        self._fs, self._path = fsspec.core.url_to_fs(self.uri)
+        self._folder = posixpath.dirname(self._path)
+
+    def references(self) -> Iterator[SampleRef]:
+        """Every line as a reference; InputError names the line of one that is no JSON object or has no id."""
+        try:
+            file = self._fs.open(self._path, "rb")
+        except OSError as error:
+            raise InputError(
+                f"manifest {self.uri} cannot be read: {error}; correct corpus.source.path"
+            ) from error
+        with file:
+            offset = 0
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+                where = f"{self.uri}, line {number}"
+                if len(line) > MAX_LINE_BYTES:
+                    raise InputError(
+                        f"{where}: longer than {MAX_LINE_BYTES} bytes; put large texts in files (read: file)"
+                    )
+                if line.strip():
+                    yield self._reference(line, offset, where)
+                offset += len(line)
+
+    def _reference(self, line: bytes, offset: int, where: str) -> SampleRef:
+        row = _parse(line, where)
+        sample_id, group = self._id_and_group(row, where)
+        digest = hashlib.sha256(line.strip())
+        size = 0
+        for value in self._values(row).values():
+            if isinstance(value, FileValue):
+                file_bytes, changed = self._stat(value.uri)
+                digest.update(f"{file_bytes},{changed};".encode())
+                size += file_bytes
+            elif value is not None:
+                size += len(value.fetch())
+        return SampleRef(sample_id, group, digest.hexdigest()[:16], size, self.uri, offset, len(line))
+
+    def _id_and_group(self, row: dict[str, Any], where: str) -> tuple[str, str]:
+        sample_id = check_id(row.get(self._names["id"]), where)
+        group = row.get(self._names.get("group", ""))
+        return sample_id, check_id(group, f"{where}: group") if group is not None else sample_id
+
+    def _stat(self, uri: str) -> tuple[int, str]:
+        try:
+            fs, path = _filesystem(uri)
+            info = fs.info(path)
+        except (OSError, ValueError):
+            return 0, "unreadable"
+        return int(info.get("size") or 0), str(info.get("ETag") or info.get("etag") or info.get("mtime"))
+
+    def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
+        """Reads the lines of some references again, in the order given."""
+        with self._fs.open(self._path, "rb") as file:
+            for reference in references:
+                file.seek(reference.offset)
+                where = f"{self.uri}, byte {reference.offset}"
+                row = _parse(file.read(reference.length), where)
+                sample_id, group = self._id_and_group(row, where)
+                if (sample_id, group) != (reference.id, reference.group):
+                    raise InputError(
+                        f"{where}: found {sample_id!r} where planning saw {reference.id!r}: the manifest changed "
+                        "while the job ran; run it again"
+                    )
+                columns = {name: _printable(value) for name, value in row.items() if name not in self._taken}
+                for name in TIMESTAMPS:
+                    if name in self._names:
+                        columns[name] = timestamp_ns(row.get(self._names[name]), where)
+                yield Sample(sample_id, group, reference.etag, columns, self._values(row))
+
+    def _values(self, row: dict[str, Any]) -> dict[str, Value | None]:
+        values: dict[str, Value | None] = {}
+        for name, field in self._fields.items():
+            given = row.get(field["from"])
+            if given is None or given == "":
+                values[name] = None
+            elif field["read"] == "inline":
+                values[name] = InlineText(
+                    given if isinstance(given, str) else json.dumps(given), posixpath.basename(self.uri)
+                )
+            else:
+                values[name] = FileValue(
+                    self._resolve(str(given)), str(given).encode("utf-8", "replace").decode()
+                )
+        return values
+
+    def _resolve(self, path: str) -> str:
+        if "://" in path:
+            return path
+        joined = path if path.startswith("/") else posixpath.join(self._folder, path)
+        return str(self._fs.unstrip_protocol(joined))
+
+
+def _printable(value: Any) -> Any:
+    """A kept column's value; bytes of a text that are not UTF-8 become U+FFFD, since a table cannot hold them."""
+    return (
+        value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        if isinstance(value, str)
+        else value
+    )
+
+
+def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    if uri.partition("://")[0] not in PROTOCOLS:
+        raise ValueError(f"addresses of this kind are not read; allowed: {', '.join(PROTOCOLS)}")
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, path
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}; correct the line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: {str(row)[:60]!r} is not an object of columns; correct the line")
+    return row
