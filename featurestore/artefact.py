@@ -112,6 +112,11 @@ def read_footer(content: bytes | pa.Buffer) -> dict[str, Any]:
     return footer_of(pq.read_schema(pa.BufferReader(content)))
 
 
+def rows(content: bytes) -> int:
+    """Number of rows that a Parquet file's bytes hold."""
+    return int(pq.read_metadata(pa.BufferReader(content)).num_rows)
+
+
 def footer_of(schema: pa.Schema) -> dict[str, Any]:
     """The footer in a Parquet file's schema; empty where the file is not Braid's."""
     raw = (schema.metadata or {}).get(FOOTER_KEY)

@@ -206,26 +206,18 @@ class Catalog:
             f"{self.storage.uri}: {_COMMIT_ATTEMPTS} attempts to commit {job!r} all lost to other jobs; run it again"
         )
 
-    def _overwrite(
-        self, delta: DeltaTable, job: str, changes: tuple[Change, ...], entries: list[Entry]
-    ) -> None:
+    def _overwrite(self, delta: DeltaTable, job: str, changes: tuple[Change, ...], entries: list[Entry]) -> None:
         columns = zip(*entries, strict=True) if entries else [()] * len(SCHEMA)
-        table = pa.table(
-            [pa.array(list(c), f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
-        )
+        table = pa.table([pa.array(list(c), f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
         scopes = sorted({(change.kind, change.name) for change in changes})
-        predicate = " OR ".join(
-            f"(kind = '{_quoted(kind)}' AND name = '{_quoted(name)}')" for kind, name in scopes
-        )
+        predicate = " OR ".join(f"(kind = '{_quoted(kind)}' AND name = '{_quoted(name)}')" for kind, name in scopes)
         files = sum(len(change.entries) for change in changes)
         write_deltalake(
             delta,
             table,
             mode="overwrite",
             predicate=predicate,
-            commit_properties=CommitProperties(
-                custom_metadata={"job": job, "files": str(files)}, max_commit_retries=0
-            ),
+            commit_properties=CommitProperties(custom_metadata={"job": job, "files": str(files)}, max_commit_retries=0),
         )
 
 

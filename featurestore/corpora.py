@@ -70,9 +70,12 @@ class Corpus:
         self._media = {entry.shard: entry for entry in snapshot.entries(MEDIA, name)}
         self._by_key = {entry.shard: entry for entry in self.shards}
         self._rows: dict[str, pa.Table] = {}
+        self._places: dict[str, tuple[str, int]] | None = None
 
     def __repr__(self) -> str:
-        return f"Corpus({self.name!r}, {self.rows} samples in {len(self.shards)} shards, fields {', '.join(self.fields)})"
+        return (
+            f"Corpus({self.name!r}, {self.rows} samples in {len(self.shards)} shards, fields {', '.join(self.fields)})"
+        )
 
     @property
     def rows(self) -> int:
@@ -107,6 +110,16 @@ class Corpus:
     def ids(self, key: str) -> list[str]:
         """A shard's ids in order."""
         return list(self.read(key)["id"].to_pylist())
+
+    def locate(self, sample_id: str) -> tuple[str, int]:
+        """The (shard, row) of a sample; NotFound where the corpus has no such id."""
+        if self._places is None:
+            self._places = {
+                found: (entry.shard, row) for entry in self.shards for row, found in enumerate(self.ids(entry.shard))
+            }
+        if sample_id not in self._places:
+            raise NotFound(f"corpus {self.name!r} has no sample {sample_id!r} in version {self.version}")
+        return self._places[sample_id]
 
     def to_arrow(self) -> pa.Table:
         """All rows in order, with `shard` and `row` columns in front."""
@@ -151,13 +164,9 @@ def read_rows(storage: Storage, entry: Entry) -> pa.Table:
     """The rows of a corpus shard, checked: the file's sha256, the number of rows, and the digest of its ids."""
     table = artefact.read_table(artefact.read_checked(storage, entry.path, entry.sha256))
     if len(table) != entry.rows:
-        raise AlignmentError(
-            f"{entry.path}: {len(table)} rows where the catalog says {entry.rows}; run `braid verify`"
-        )
+        raise AlignmentError(f"{entry.path}: {len(table)} rows where the catalog says {entry.rows}; run `braid verify`")
     if ids_sha256(table["id"].to_pylist()) != entry.ids_sha256:
-        raise AlignmentError(
-            f"{entry.path}: its ids are not the ones that the catalog names; run `braid verify`"
-        )
+        raise AlignmentError(f"{entry.path}: its ids are not the ones that the catalog names; run `braid verify`")
     return table.replace_schema_metadata(None)
 
 
@@ -167,9 +176,7 @@ def tar_members(content: Any) -> Iterator[tuple[str, int, int]]:
         with tarfile.open(fileobj=content, mode="r:") as tar:
             for info in tar:
                 if not info.isreg():
-                    raise AlignmentError(
-                        f"tar member {info.name!r} is not a regular file; Braid writes none such"
-                    )
+                    raise AlignmentError(f"tar member {info.name!r} is not a regular file; Braid writes none such")
                 yield info.name, info.offset_data, info.size
     except tarfile.TarError as error:
         raise AlignmentError(f"not a whole tar: {error}") from error

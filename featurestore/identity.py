@@ -62,9 +62,7 @@ class IngestDigest:
 
     def add(self, sample_id: str, etag: str) -> None:
         """Adds one sample."""
-        self._sum += int.from_bytes(
-            hashlib.sha256(f"{len(sample_id)}:{sample_id}{etag}".encode()).digest()[:16]
-        )
+        self._sum += int.from_bytes(hashlib.sha256(f"{len(sample_id)}:{sample_id}{etag}".encode()).digest()[:16])
         self.count += 1
 
     def key(self) -> str:
@@ -81,9 +79,7 @@ def check_id(sample_id: object, where: str) -> str:
     except UnicodeEncodeError:
         raise InputError(f"{where}: id {sample_id!r} is not valid UTF-8; correct it in the source") from None
     if size > MAX_ID_BYTES:
-        raise InputError(
-            f"{where}: id {sample_id[:40]!r}… has {size} bytes; at most {MAX_ID_BYTES} are allowed"
-        )
+        raise InputError(f"{where}: id {sample_id[:40]!r}… has {size} bytes; at most {MAX_ID_BYTES} are allowed")
     return sample_id
 
 
@@ -98,11 +94,7 @@ def tar_key(sample_id: str) -> str:
     so that no tar names a path outside. One-to-one: `from_tar_key` restores the id.
     """
     head, slash, last = _CONTROL_OR_PERCENT.sub(_escape, sample_id).rpartition("/")
-    folders = (
-        [part.replace(".", "%2E") if part in (".", "..") else part for part in head.split("/")]
-        if slash
-        else []
-    )
+    folders = [part.replace(".", "%2E") if part in (".", "..") else part for part in head.split("/")] if slash else []
     key = "/".join([*folders, last.replace(".", "%2E")])
     return re.sub(r"^/|(?<=/)/|/$", "%2F", key)
 

@@ -30,11 +30,7 @@ def matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     dim = column.type.list_size
-    values = (
-        column.flatten()
-        if column.null_count == 0
-        else column.values[column.offset * dim :][: len(column) * dim]
-    )
+    values = column.flatten() if column.null_count == 0 else column.values[column.offset * dim :][: len(column) * dim]
     return np.asarray(values.to_numpy(zero_copy_only=True)).reshape(-1, dim)
 
 

@@ -33,9 +33,7 @@ class Result(NamedTuple):
     example: str
 
 
-def result(
-    shard: str, entries: Sequence[Entry], tried: int = 0, rejected: int = 0, example: str = ""
-) -> Result:
+def result(shard: str, entries: Sequence[Entry], tried: int = 0, rejected: int = 0, example: str = "") -> Result:
     """A Result of catalog entries."""
     return Result(shard, json.dumps(entries), tried, rejected, example)
 

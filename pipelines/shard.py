@@ -67,7 +67,7 @@ class ShardTask(NamedTuple):
 
 
 def known_etags(snapshot: Snapshot, name: str) -> dict[str, str]:
-    """id -> etag of every sample of a corpus in the store; empty where the corpus is new."""
+    """Id -> etag of every sample of a corpus in the store; empty where the corpus is new."""
     if name not in snapshot.names(ROWS):
         return {}
     corpus = Corpus(snapshot, name)
@@ -94,9 +94,7 @@ def scan(source: Source, known: dict[str, str]) -> Ingest:
     unique, counts = np.unique(np.array(hashes, np.uint64), return_counts=True)
     if len(unique) < len(hashes):
         _name_duplicate(source, set(unique[counts > 1].tolist()))
-    return Ingest(
-        digest.key(), digest.count, size, seen - digest.count, changed, len(known) - (seen - digest.count)
-    )
+    return Ingest(digest.key(), digest.count, size, seen - digest.count, changed, len(known) - (seen - digest.count))
 
 
 def _name_duplicate(source: Source, suspects: set[int]) -> None:
@@ -162,18 +160,13 @@ class _PlanRange(beam.DoFn):
         with storage.scratch() as folder:
             local = folder / "plan.parquet"
             _write_plan(local, shards)
-            plan = artefact.place(
-                storage, local, f"corpora/{corpus['name']}/plans/{self._ingest}-{number:05d}"
-            )
+            plan = artefact.place(storage, local, f"corpora/{corpus['name']}/plans/{self._ingest}-{number:05d}")
         for part in range(len(shards)):
             yield ShardTask(f"{self._ingest}-{number:05d}-{part:05d}", plan.path, plan.sha256, part)
 
 
 _PLAN = pa.schema(
-    [
-        pa.field(name, pa.int64() if kind is int else pa.string())
-        for name, kind in SampleRef.__annotations__.items()
-    ]
+    [pa.field(name, pa.int64() if kind is int else pa.string()) for name, kind in SampleRef.__annotations__.items()]
 )
 
 
@@ -246,9 +239,7 @@ class ShardWriter:
             with _TarWriter(local) as tar:
                 samples, members, rejected = self._write_members(references, tar)
             media = artefact.place(self.storage, local, stem, tar.sha256)
-        quarantine = place_rejected(
-            self.storage, rejected, f"quarantine/shard/{self.corpus['name']}/{task.key}"
-        )
+        quarantine = place_rejected(self.storage, rejected, f"quarantine/shard/{self.corpus['name']}/{task.key}")
         table = _rows_table(samples, members, self.corpus["fields"])
         footer = {
             "kind": ROWS,
@@ -260,14 +251,10 @@ class ShardWriter:
             "media": media,
             "quarantine": quarantine,
             "tried": sum(
-                member["present"] or member["miss_reason"] != "absent"
-                for row in members
-                for member in row.values()
+                member["present"] or member["miss_reason"] != "absent" for row in members for member in row.values()
             ),
             "rejected": len(rejected),
-            "example": f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}"
-            if rejected
-            else "",
+            "example": f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else "",
             "events": _events(table),
         }
         return self._result(task.key, artefact.place_table(self.storage, table, stem, footer), footer)
@@ -368,9 +355,7 @@ class ShardWriter:
         return raw
 
 
-def rejection(
-    sample_id: str, field: str, stage: str, error: DecodeError, source: str | None
-) -> dict[str, Any]:
+def rejection(sample_id: str, field: str, stage: str, error: DecodeError, source: str | None) -> dict[str, Any]:
     """A row of a quarantine file."""
     return {
         "id": sample_id, "field": field, "stage": stage, "reason": error.reason, "detail": error.detail, "source": source,
@@ -395,9 +380,7 @@ def _extension(modality: str, raw: bytes) -> str:
     return "txt" if modality == "text" else sniff_extension(raw)
 
 
-def _rows_table(
-    samples: list[Sample], members: list[dict[str, dict[str, Any]]], fields: dict[str, Any]
-) -> pa.Table:
+def _rows_table(samples: list[Sample], members: list[dict[str, dict[str, Any]]], fields: dict[str, Any]) -> pa.Table:
     columns: dict[str, pa.Array] = {
         "id": pa.array([sample.id for sample in samples], pa.string()),
         "group": pa.array([sample.group for sample in samples], pa.string()),
@@ -406,9 +389,7 @@ def _rows_table(
     names = sorted({name for sample in samples for name in sample.columns})
     for name in names:
         values = [sample.columns.get(name) for sample in samples]
-        columns[name] = (
-            pa.array(values, pa.timestamp("ns", "UTC")) if name in TIMESTAMPS else _kept_column(values)
-        )
+        columns[name] = pa.array(values, pa.timestamp("ns", "UTC")) if name in TIMESTAMPS else _kept_column(values)
     for field in fields:
         columns[field] = pa.array([row[field] for row in members], MEMBER)
     return pa.table(columns)
@@ -425,9 +406,7 @@ def _kept_column(values: list[Any]) -> pa.Array:
         return pa.array(values, pa.int64())
     if kinds <= {int, float}:
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
-    return pa.array(
-        [None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in values]
-    )
+    return pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in values])
 
 
 def _events(table: pa.Table) -> tuple[int | None, int | None]:
@@ -497,9 +476,7 @@ class Shard(beam.PTransform):
             begin
             | "Start" >> beam.Create([0])
             | "ReadReferences"
-            >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(
-                tuple[int, SampleRef]
-            )
+            >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, SampleRef])
             | "GroupByRange" >> beam.GroupByKey()
             | "PlanShards" >> beam.ParDo(_PlanRange(*self._args, self._ingest)).with_output_types(ShardTask)
             | "Spread" >> beam.Reshuffle()

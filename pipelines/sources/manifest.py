@@ -80,9 +80,7 @@ class Manifest:
         try:
             file = self._fs.open(self._path, "rb")
         except OSError as error:
-            raise InputError(
-                f"manifest {self.uri} cannot be read: {error}; correct corpus.source.path"
-            ) from error
+            raise InputError(f"manifest {self.uri} cannot be read: {error}; correct corpus.source.path") from error
         with file:
             offset = 0
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
@@ -152,9 +150,7 @@ class Manifest:
                     given if isinstance(given, str) else json.dumps(given), posixpath.basename(self.uri)
                 )
             else:
-                values[name] = FileValue(
-                    self._resolve(str(given)), str(given).encode("utf-8", "replace").decode()
-                )
+                values[name] = FileValue(self._resolve(str(given)), str(given).encode("utf-8", "replace").decode())
         return values
 
     def _resolve(self, path: str) -> str:
@@ -166,11 +162,7 @@ class Manifest:
 
 def _printable(value: Any) -> Any:
     """A kept column's value; bytes of a text that are not UTF-8 become U+FFFD, since a table cannot hold them."""
-    return (
-        value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        if isinstance(value, str)
-        else value
-    )
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
 
 
 def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -1,0 +1,362 @@
+"""Stage 3: turn the values of a field into vectors, one element per shard.
+
+A worker reads a shard's values from its tar, decodes and encodes them in batches, and writes the view's shard. The unit of
+parallelism is the batch: each of the process's threads decodes a batch and runs the model on it with one thread of its own,
+and two shards are in flight, so that reading and writing overlap with the model and no core waits for a shard's end.
+
+Batches form from the data alone (by size of the raw value, then id; images by id), so the same shard gives the same bytes
+on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+from apache_beam.metrics import Metrics
+from apache_beam.transforms.window import GlobalWindows
+
+from featurestore import artefact, encoders, vectors, views
+from featurestore.catalog import Entry, Snapshot
+from featurestore.corpora import QUARANTINE, Corpus, read_rows
+from featurestore.errors import AlignmentError, DecodeError
+from featurestore.identity import DIGEST_BYTES, input_digest, row_digest
+from featurestore.storage import Storage
+from pipelines.runner import Commit, Job, Result, Scope, result, typed
+from pipelines.shard import place_rejected, rejection
+
+SHARDS_IN_FLIGHT = 2
+
+
+class ViewPlan(NamedTuple):
+    """What every shard of a view is made with."""
+
+    name: str
+    corpus: str
+    field: str
+    encoder: str
+    options: dict[str, Any]
+    recipe: str
+
+
+def view_plan(name: str, corpus: str, field: str, encoder: str, options: dict[str, Any]) -> ViewPlan:
+    """Completes a view of the spec with its recipe: hashes the weights, loads nothing."""
+    fingerprint = encoders.find(encoder, options).fingerprint()
+    return ViewPlan(name, corpus, field, encoder, options, views.recipe(field, fingerprint))
+
+
+@typed
+class EncodeTask(NamedTuple):
+    """A descriptor of one shard to encode: where its rows and its tar are."""
+
+    shard: str
+    rows_path: str
+    rows: int
+    sha256: str
+    ids_sha256: str
+    tar_path: str
+    tar_sha256: str
+
+
+def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[EncodeTask]:
+    """The shards of the corpus that the view lacks, or whose file is gone or has another size.
+
+    Args:
+        snapshot: the catalog.
+        plan: the view.
+        listing: key -> bytes of what lies in the view's recipe folder.
+    """
+    corpus = Corpus(snapshot, plan.corpus)
+    have = {entry.shard: entry for entry in snapshot.entries(views.VIEW, plan.name, plan.recipe)}
+    tasks = []
+    for shard in corpus.shards:
+        entry = have.get(shard.shard)
+        if entry and entry.input_sha256 == shard.sha256 and listing.get(entry.path) == entry.bytes:
+            continue
+        media = corpus.media(shard.shard)
+        tasks.append(
+            EncodeTask(shard.shard, shard.path, shard.rows, shard.sha256, shard.ids_sha256, media.path, media.sha256)
+        )
+    return tasks
+
+
+def folder(plan: ViewPlan) -> str:
+    """Where the view's shards are."""
+    return f"views/{plan.name}/{plan.recipe}"
+
+
+class Row(NamedTuple):
+    """One value to encode: its row in the shard, and what the corpus says of it."""
+
+    row: int
+    id: str
+    offset: int
+    size: int
+    digest: bytes
+    source: str | None
+
+
+class ShardEncoder:
+    """Encodes shards of one view. Safe to call from several threads: one copy of the model serves them all."""
+
+    def __init__(self, storage: Storage, plan: ViewPlan, threads: int | None = None) -> None:
+        self.storage, self.plan = storage, plan
+        self.encoder = encoders.find(plan.encoder, plan.options)
+        fingerprint = self.encoder.fingerprint()
+        if views.recipe(plan.field, fingerprint) != plan.recipe:
+            raise AlignmentError(
+                f"encoder {plan.encoder} of view {plan.name!r} has another fingerprint on this worker ({fingerprint[:16]}…) "
+                "than where the job was planned: install the same versions of its libraries and weights on both"
+            )
+        self._lineage = json.dumps(
+            {
+                "corpus": plan.corpus,
+                "field": plan.field,
+                "encoder": {**self.encoder.card(), "fingerprint": fingerprint},
+            },
+            sort_keys=True,
+        )
+        self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
+        self._done = storage.list(folder(plan))
+
+    def load(self) -> None:
+        """Loads the model and fixes the process's allocator and torch threads."""
+        from featurestore.encoders.runtime import tune_process
+
+        tune_process()
+        self.encoder.load()
+
+    def encode(self, task: EncodeTask) -> Result:
+        """The shard's quarantine and view file; one that an earlier run finished is taken as it is."""
+        return self._adopt(task) or self._make(task)
+
+    def _adopt(self, task: EncodeTask) -> Result | None:
+        for path in sorted(key for key in self._done if key.startswith(f"{folder(self.plan)}/{task.shard}-")):
+            content = self.storage.read(path)
+            try:
+                footer = artefact.read_footer(content)
+            except pa.ArrowException:
+                continue
+            quarantine = [artefact.Placed(*each) for each in footer.get("quarantine", [])]
+            held = all(self.storage.exists(each.path) for each in quarantine)
+            if held and footer == self._footer(task, quarantine, footer.get("tried", 0), footer.get("example", "")):
+                return self._result(
+                    task, artefact.Placed(path, len(content), hashlib.sha256(content).hexdigest()), footer
+                )
+        return None
+
+    def _footer(self, task: EncodeTask, quarantine: list[artefact.Placed], tried: int, example: str) -> dict[str, Any]:
+        return {
+            "kind": views.VIEW,
+            "shard": task.shard,
+            "recipe": self.plan.recipe,
+            "rows": task.rows,
+            "ids_sha256": task.ids_sha256,
+            "input_sha256": task.sha256,
+            "quarantine": [list(each) for each in quarantine],
+            "tried": tried,
+            "example": example,
+        }
+
+    def _make(self, task: EncodeTask) -> Result:
+        rows = self._rows(task)
+        field = rows[self.plan.field].to_pylist()
+        ids = rows["id"].to_pylist()
+        todo = [
+            Row(row, sample_id, m["offset"], m["size"], m["digest"], m["source"])
+            for row, (sample_id, m) in enumerate(zip(ids, field, strict=True))
+            if m["present"]
+        ]
+        matrix = np.full((task.rows, self.encoder.dim), np.nan, np.float32)
+        digests: list[bytes | None] = [None] * task.rows
+        reasons: list[str | None] = [None if m["present"] else m["miss_reason"] for m in field]
+        rejected = []
+        for value, vector, digest in self._values(task, todo):
+            digests[value.row] = digest
+            if isinstance(vector, DecodeError):
+                reasons[value.row] = vector.reason
+                rejected.append(rejection(value.id, self.plan.field, "encode", vector, value.source))
+            else:
+                matrix[value.row] = vector
+        return self._write(task, ids, matrix, digests, reasons, rejected, len(todo))
+
+    def _rows(self, task: EncodeTask) -> pa.Table:
+        entry = Entry(
+            "", "", "", task.shard, task.rows_path, task.rows, 0, task.sha256, task.ids_sha256, "", None, None, ""
+        )
+        return read_rows(self.storage, entry).select(["id", self.plan.field])
+
+    def _values(self, task: EncodeTask, todo: list[Row]) -> Iterator[tuple[Row, np.ndarray | DecodeError, bytes]]:
+        """Every value with its vector, or with why it has none, and the digest of the bytes that were really read."""
+        batches = self._batches(todo)
+        futures = [self._pool.submit(self._batch, task.tar_path, batch) for batch in batches]
+        for batch, future in zip(batches, futures, strict=True):
+            for value, (vector, digest) in zip(batch, future.result(), strict=True):
+                if digest != value.digest:
+                    raise AlignmentError(
+                        f"{task.tar_path}: the {self.plan.field} of {value.id!r} (shard {task.shard}, row {value.row}) is not "
+                        "the value that was stored; delete the shard's files and run `braid run`"
+                    )
+                yield value, vector, digest
+
+    def _batches(self, todo: list[Row]) -> list[list[Row]]:
+        if self.encoder.modality != "image":
+            # Texts and sounds are padded to the longest of their batch: like with like wastes least.
+            todo = sorted(todo, key=lambda value: (value.size, value.id))
+        size = self.encoder.batch_size
+        return [todo[start : start + size] for start in range(0, len(todo), size)]
+
+    def _batch(self, tar_path: str, batch: list[Row]) -> list[tuple[np.ndarray | DecodeError, bytes]]:
+        outcomes: list[tuple[Any, bytes]] = []
+        with self.storage.open(tar_path) as tar:
+            for value in batch:
+                tar.seek(value.offset)
+                raw = tar.read(value.size)
+                outcomes.append((self._decode(raw), input_digest(raw)))
+        good = [position for position, (decoded, _) in enumerate(outcomes) if not isinstance(decoded, DecodeError)]
+        for position, vector in zip(good, self._forward([outcomes[each][0] for each in good]), strict=True):
+            outcomes[position] = (vector, outcomes[position][1])
+        return outcomes
+
+    def _decode(self, raw: bytes) -> Any:
+        try:
+            return self.encoder.decode(raw)
+        except DecodeError as error:
+            return error
+
+    def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
+        """Vectors of decoded values; where a batch fails as a whole, each value is tried alone."""
+        if not values:
+            return []
+        try:
+            encoded = self.encoder.encode(values)
+        except (RuntimeError, ValueError) as error:
+            if len(values) == 1:
+                return [DecodeError("encoder_error", str(error)[:500])]
+            return [vector for value in values for vector in self._forward([value])]
+        if encoded.shape != (len(values), self.encoder.dim):
+            raise AlignmentError(
+                f"encoder {self.plan.encoder} gave {encoded.shape} for {len(values)} values; {self.encoder.dim} values each "
+                "are expected: the encoder is wrong"
+            )
+        finite = np.isfinite(encoded).all(axis=1)
+        return [
+            vector if ok else DecodeError("nan_output", f"{self.plan.encoder} gave NaN or infinity")
+            for vector, ok in zip(encoded, finite, strict=True)
+        ]
+
+    def _write(
+        self,
+        task: EncodeTask,
+        ids: list[str],
+        matrix: np.ndarray,
+        digests: list[bytes | None],
+        reasons: list[str | None],
+        rejected: list[dict[str, Any]],
+        tried: int,
+    ) -> Result:
+        row_digests = [
+            row_digest(*row) for row in zip(ids, digests, (vector.tobytes() for vector in matrix), strict=True)
+        ]
+        table = pa.Table.from_arrays(
+            [
+                pa.array([reason is None for reason in reasons]),
+                vectors.column(matrix),
+                pa.array(digests, pa.binary(DIGEST_BYTES)),
+                pa.array(row_digests, pa.binary(DIGEST_BYTES)),
+                pa.array(reasons, pa.string()),
+            ],
+            schema=views.schema(self.encoder.dim),
+        )
+        quarantine = place_rejected(
+            self.storage, rejected, f"quarantine/encode/{self.plan.name}/{self.plan.recipe}/{task.shard}"
+        )
+        example = f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else ""
+        footer = self._footer(task, quarantine, tried, example)
+        placed = artefact.place_table(self.storage, table, f"{folder(self.plan)}/{task.shard}", footer)
+        return self._result(task, placed, footer)
+
+    def _result(self, task: EncodeTask, placed: artefact.Placed, footer: dict[str, Any]) -> Result:
+        name, recipe = self.plan.name, self.plan.recipe
+        path, size, sha256 = placed
+        entries = [
+            Entry(
+                views.VIEW, name, recipe, task.shard, path, task.rows, size, sha256,
+                task.ids_sha256, task.sha256, None, None, self._lineage,
+            )
+        ]  # fmt: skip
+        rejected = 0
+        for path, size, sha256 in footer["quarantine"]:
+            rejected = artefact.rows(self.storage.read(path))
+            entries.append(
+                Entry(
+                    QUARANTINE, f"encode/{name}", recipe, task.shard, path, rejected, size, sha256, "", task.sha256,
+                    None, None, "{}",
+                )
+            )  # fmt: skip
+        return result(task.shard, entries, footer["tried"], rejected, footer["example"])
+
+
+class _EncodeShard(beam.DoFn):
+    """EncodeTask -> Result, with `SHARDS_IN_FLIGHT` shards of a bundle at work at once."""
+
+    def __init__(self, storage: str, plan: ViewPlan) -> None:
+        self._storage, self._plan = storage, tuple(plan)
+        self._values = Metrics.counter("encode", "values")
+        self._span_ms = Metrics.distribution("encode", "span_ms")
+
+    def setup(self) -> None:
+        self._encoder = ShardEncoder(Storage.from_json(self._storage), ViewPlan(*self._plan))
+        self._encoder.load()
+        self._shards = ThreadPoolExecutor(SHARDS_IN_FLIGHT)
+
+    def start_bundle(self) -> None:
+        self._flight: deque[Future[Result]] = deque()
+
+    def process(self, task: EncodeTask) -> Iterator[Result]:
+        self._span_ms.update(int(time.time() * 1000))
+        self._flight.append(self._shards.submit(self._encoder.encode, task))
+        if len(self._flight) > SHARDS_IN_FLIGHT:
+            yield self._next()
+
+    def finish_bundle(self) -> Iterator[Any]:
+        while self._flight:
+            yield GlobalWindows.windowed_value(self._next())
+
+    def _next(self) -> Result:
+        done = self._flight.popleft().result()
+        self._values.inc(done.tried)
+        self._span_ms.update(int(time.time() * 1000))
+        return done
+
+
+class Encode(beam.PTransform):
+    """PCollection of EncodeTask -> PCollection of Result."""
+
+    def __init__(self, storage: Storage, plan: ViewPlan) -> None:
+        super().__init__()
+        self._do_fn = _EncodeShard(storage.to_json(), plan)
+
+    def expand(self, tasks: beam.PCollection) -> beam.PCollection:
+        """PCollection of EncodeTask -> PCollection of Result."""
+        return (
+            tasks | "Spread" >> beam.Reshuffle() | "EncodeShards" >> beam.ParDo(self._do_fn).with_output_types(Result)
+        )
+
+
+def build(job: Job, storage: Storage, plan: ViewPlan, tasks: list[EncodeTask], budget: float) -> None:
+    """Puts the encode job of one view into a pipeline: every stale shard, then one commit."""
+    scopes = [Scope(views.VIEW, plan.name, plan.recipe), Scope(QUARANTINE, f"encode/{plan.name}", plan.recipe)]
+    (
+        job.pipeline
+        | "Tasks" >> beam.Create(tasks).with_output_types(EncodeTask)
+        | "Encode" >> Encode(storage, plan)
+        | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget)
+    )
