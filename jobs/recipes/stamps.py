@@ -100,22 +100,16 @@ def _download(work: Path, apt: Path) -> Path:
         raise InputError(f"apt-get download left no {PACKAGE}_*.deb; run it again, or {_MEND}")
     digest = _sha256(found[0])
     if digest != PACKAGE_SHA256:
-        raise InputError(
-            f"{found[0].name} has sha256 {digest}, not {PACKAGE_SHA256}; run it again, or {_MEND}"
-        )
+        raise InputError(f"{found[0].name} has sha256 {digest}, not {PACKAGE_SHA256}; run it again, or {_MEND}")
     return found[0]
 
 
 def _run(command: Sequence[str], cwd: Path) -> None:
     """Runs `command`; its error output is the error's text."""
-    done = subprocess.run(
-        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip()
-        raise InputError(
-            f"`{' '.join(command)}` exited with {done.returncode}: {said}; run it again, or {_MEND}"
-        )
+        raise InputError(f"`{' '.join(command)}` exited with {done.returncode}: {said}; run it again, or {_MEND}")
 
 
 def build_rows(stamps: Path) -> tuple[list[Row], str]:
@@ -131,9 +125,7 @@ def build_rows(stamps: Path) -> tuple[list[Row], str]:
     """
     images = sorted(stamps.rglob("*.png"), key=lambda path: path.relative_to(stamps).as_posix())
     if not images:
-        raise InputError(
-            f"{stamps} holds no PNG: it must be the folder usr/share/tuxpaint/stamps of {PACKAGE}"
-        )
+        raise InputError(f"{stamps} holds no PNG: it must be the folder usr/share/tuxpaint/stamps of {PACKAGE}")
     rows = sorted((_row(stamps, image) for image in images), key=lambda row: str(row["id"]))
     used = {str(row[column]) for row in rows for column in _PATH_COLUMNS if row[column] is not None}
     texts = {f"{row['id']}.txt" for row in rows if row["caption"] is not None}
@@ -226,12 +218,8 @@ def _groups(keys: Sequence[Iterable[tuple[str, str]]]) -> list[int]:
     for index, own in enumerate(keys):
         for key in own:
             holders[key].append(index)
-    edges = np.array([(own[0], other) for own in holders.values() for other in own], dtype=np.int64).reshape(
-        -1, 2
-    )
-    graph = coo_array(
-        (np.ones(len(edges), np.int8), (edges[:, 0], edges[:, 1])), shape=(len(keys), len(keys))
-    )
+    edges = np.array([(own[0], other) for own in holders.values() for other in own], dtype=np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges), np.int8), (edges[:, 0], edges[:, 1])), shape=(len(keys), len(keys)))
     _, component = connected_components(graph, directed=False)
     _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
     return [int(index) for index in first[inverse]]
@@ -265,21 +253,16 @@ def _sha256(path: Path) -> str:
 
 def _make(out: Path, stamps_dir: Path | None) -> str:
     """Makes the manifest in `out`; returns what to tell the person."""
-    if stamps_dir is None:
-        rows, digest = _fetched_rows(out)
-        written = write_manifest(rows, "stamps", out / "stamps.jsonl")
-    else:
-        rows, digest = build_rows(stamps_dir)
-        written = write_manifest(rows, stamps_dir.absolute().as_posix(), out / "stamps.jsonl")
+    rows, digest = _fetched_rows(out) if stamps_dir is None else build_rows(stamps_dir)
     counts = counts_of(rows)
     known = digest == CONTENT_SHA256
     if known and counts != EXPECTED:
         raise AssertionError(f"the package is right, but its fields count {counts}, not {EXPECTED}")
+    prefix = "stamps" if stamps_dir is None else stamps_dir.absolute().as_posix()
+    written = write_manifest(rows, prefix, out / "stamps.jsonl")
     groups, labels = (len({row[column] for row in rows}) for column in ("group", "label"))
     fields = ", ".join(f"{field} {count}" for field, count in counts.items())
-    report = (
-        f"{out / 'stamps.jsonl'}: {len(rows)} samples, {groups} groups, {labels} labels; present: {fields}"
-    )
+    report = f"{out / 'stamps.jsonl'}: {len(rows)} samples, {groups} groups, {labels} labels; present: {fields}"
     if not known:
         report += f"\nnot the files of {PACKAGE} {VERSION}: counts not checked"
     return report + ("" if written else "\nalready there: nothing to do")
@@ -305,13 +288,9 @@ def _fetched_rows(out: Path) -> tuple[list[Row], str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 1 with one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.recipes.stamps", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m jobs.recipes.stamps", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/stamps"), help="folder of the manifest")
-    parser.add_argument(
-        "--stamps-dir", default=os.environ.get("STAMPS_DIR"), help="an unpacked .../tuxpaint/stamps"
-    )
+    parser.add_argument("--stamps-dir", default=os.environ.get("STAMPS_DIR"), help="an unpacked .../tuxpaint/stamps")
     options = parser.parse_args(arguments)
     try:
         print(_make(options.out, Path(options.stamps_dir) if options.stamps_dir else None))
