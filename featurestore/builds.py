@@ -1,0 +1,70 @@
+"""Builds: spaces, indexes and training sets, each one immutable result of its settings and of the bytes it was made from.
+
+A build's key is a hash of (settings, the inputs' sha256s in order), known before it is made. A build is stale when the key
+computed from the catalog as it is now is another one: a remade input with the same bytes leaves it fresh.
+"""
+
+from typing import Any, NamedTuple
+
+from featurestore.catalog import Entry, Snapshot
+from featurestore.corpora import ROWS
+from featurestore.errors import NotFound
+from featurestore.identity import digest_of
+from featurestore.views import VIEW
+
+SPACE, INDEX, TRAINING = "space", "index", "training"
+BUILDS = (SPACE, INDEX, TRAINING)
+FOLDERS = {SPACE: "spaces", INDEX: "indexes", TRAINING: "training"}
+VERSION = 1
+"""Part of every build's key: raise it when what a build computes changes."""
+
+
+class Build(NamedTuple):
+    """A build's identity. `settings` are JSON values: what the spec says, plus `corpus`."""
+
+    kind: str
+    name: str
+    settings: dict[str, Any]
+    key: str
+
+    @property
+    def stem(self) -> str:
+        """Where the build's files are."""
+        return f"{FOLDERS[self.kind]}/{self.name}/{self.key}"
+
+
+def plan(snapshot: Snapshot, kind: str, name: str, settings: dict[str, Any]) -> Build:
+    """The build that these settings give on the snapshot; NotFound where an input is not there or not whole."""
+    return Build(kind, name, settings, digest_of(VERSION, kind, settings, _inputs(snapshot, kind, settings)))
+
+
+def stale(snapshot: Snapshot) -> list[tuple[Entry, str]]:
+    """Builds of the catalog whose inputs have changed since: (one entry of the build, why)."""
+    found = []
+    for kind in BUILDS:
+        for name in snapshot.names(kind):
+            entry = snapshot.entries(kind, name)[0]
+            try:
+                now = plan(snapshot, kind, name, entry.info()["settings"]).key
+            except NotFound as error:
+                found.append((entry, f"an input is gone: {error}"))
+                continue
+            if now != entry.recipe:
+                found.append((entry, f"made from inputs that have changed since (build {entry.recipe}, now {now})"))
+    return found
+
+
+def _inputs(snapshot: Snapshot, kind: str, settings: dict[str, Any]) -> list[str]:
+    shards = snapshot.entries(ROWS, settings["corpus"])
+    inputs = [] if kind == INDEX else [entry.sha256 for entry in shards]
+    if kind == INDEX:
+        space = snapshot.entries(SPACE, settings["space"])
+        if not space:
+            raise NotFound(f"space {settings['space']!r} is not there yet")
+        inputs += [entry.sha256 for entry in space if entry.shard == "space"]
+    for view in settings["views"]:
+        entries = snapshot.entries(VIEW, view)
+        if {(e.shard, e.input_sha256) for e in entries} != {(s.shard, s.sha256) for s in shards} or not entries:
+            raise NotFound(f"view {view!r} does not cover corpus {settings['corpus']!r} yet")
+        inputs += [entry.sha256 for entry in entries]
+    return inputs

@@ -1,0 +1,284 @@
+"""Searching an index of a store, across modalities, and opening what was found."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from featurestore import artefact, builds, encoders, indexes
+from featurestore.catalog import Snapshot
+from featurestore.errors import InputError, MissingExtra, NotFound, StoreError
+from featurestore.spaces import Space
+from featurestore.views import View
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MODALITIES = ("text", "image", "audio")
+
+
+class Hit(NamedTuple):
+    """A sample that was found.
+
+    `score` is the cosine in the index's space, `view` the view whose vector was found. `image`, `text` and `audio` open the
+    sample's first field of that modality from the corpus.
+    """
+
+    id: str
+    score: float
+    view: str
+    columns: dict[str, Any]
+    source: "_Place"
+
+    def __repr__(self) -> str:
+        shown = {name: value for name, value in self.columns.items() if value is not None}
+        return f"Hit({self.id!r}, score={self.score:.3f}, view={self.view!r}, {shown})"
+
+    @property
+    def image(self) -> "Image.Image | None":
+        """The sample's picture (RGB), or None."""
+        from featurestore.media import decode_image
+
+        raw = self.raw("image")
+        return decode_image(raw) if raw is not None else None
+
+    @property
+    def text(self) -> str | None:
+        """The sample's text, or None."""
+        from featurestore.media import decode_text
+
+        raw = self.raw("text")
+        return decode_text(raw) if raw is not None else None
+
+    @property
+    def audio(self) -> tuple[np.ndarray, int] | None:
+        """The sample's sound as (float32 [frames, channels], sample rate in Hz), or None."""
+        raw = self.raw("audio")
+        if raw is None:
+            return None
+        import soundfile
+
+        samples, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)
+        return samples, int(rate)
+
+    def raw(self, modality: str) -> bytes | None:
+        """The bytes of the sample's field of a modality: the one that was found, else the first that it has."""
+        return self.source.raw(modality)
+
+    def _repr_html_(self) -> str:
+        picture = self.image
+        parts = [f"<b>{html.escape(self.id)}</b> {self.score:.3f} <i>{html.escape(self.view)}</i>"]
+        if picture is not None:
+            picture.thumbnail((128, 128))
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            parts.append(f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+        parts.append(html.escape(self.text or ""))
+        sound = self.raw("audio")
+        if sound is not None and len(sound) < 1 << 20:
+            parts.append(f'<audio controls src="data:;base64,{base64.b64encode(sound).decode()}"></audio>')
+        return "<div>" + "<br>".join(parts) + "</div>"
+
+
+class Hits(list[Hit]):
+    """Hits, best first; a notebook shows them with their pictures and sounds."""
+
+    def _repr_html_(self) -> str:
+        return "".join(hit._repr_html_() for hit in self)
+
+
+class _Place(NamedTuple):
+    """Where a sample's raw values are."""
+
+    view: View
+    shard: str
+    row: int
+
+    def raw(self, modality: str) -> bytes | None:
+        corpus = self.view.corpus
+        fields = [name for name, kind in corpus.fields.items() if kind == modality]
+        fields.sort(key=lambda name: name != self.view.field)
+        for name in fields:
+            value = corpus.value(self.shard, self.row, name)
+            if value is not None:
+                return value
+        return None
+
+
+class Index:
+    """An index at one version of the store: vectors of one or more views in one space."""
+
+    def __init__(self, snapshot: Snapshot, name: str) -> None:
+        self.name = name
+        self.storage = snapshot.storage
+        entries = {entry.shard: entry for entry in snapshot.entries(builds.INDEX, name)}
+        if not entries:
+            there = ", ".join(snapshot.names(builds.INDEX)) or "none"
+            raise NotFound(f"no index {name!r} in {self.storage.uri}; it has: {there}")
+        settings = entries["index"].info()["settings"]
+        # A stale index would name rows that are no longer those of its views: it does not answer.
+        now = builds.plan(snapshot, builds.INDEX, name, settings)
+        if now.key != entries["index"].recipe:
+            raise StoreError(f"index {name!r} is older than its views or its space; `braid run` builds it again")
+        self.card: dict[str, Any] = json.loads(_content(self.storage, entries["card"]))
+        self.space = read_space(snapshot, settings["space"])
+        self.views = {view: View(snapshot, view) for view in settings["views"]}
+        self._table = artefact.read_table(_content(self.storage, entries["rows"]))
+        self._index = indexes.deserialise(
+            _content(self.storage, entries["index"]), self.card["factory"], self.space.dim, len(self._table)
+        )
+        self._columns: pa.Table | None = None
+
+    def __repr__(self) -> str:
+        return f"Index({self.name!r}, {len(self._table)} vectors of {', '.join(self.views)}, {self.card['factory']})"
+
+    def search(
+        self,
+        query: np.ndarray,
+        k: int = 10,
+        where: str | None = None,
+        modality: str | None = None,
+        as_of: str | int | None = None,
+    ) -> Hits:
+        """The k nearest rows of a query vector of the index's space.
+
+        Args:
+            query: float32 [dim], as `embed` makes it.
+            k: at least 1; more than there are gives all there are.
+            where: an SQL condition over the corpus's columns, e.g. `label = 'animals'`.
+            modality: only rows of views of this modality.
+            as_of: only samples available by this time (ISO 8601 or ns since 1970).
+        """
+        allowed = self._allowed(where, modality, as_of)
+        scores, rows = indexes.search(self._index, np.atleast_2d(query), k, allowed)
+        return Hits(self._hit(int(row), float(score)) for score, row in zip(scores[0], rows[0], strict=True) if row >= 0)
+
+    def embed(self, via: str, values: Sequence[Any]) -> np.ndarray:
+        """float32 [n, dim] vectors of the index's space from raw vectors [n, view dim] of view `via`."""
+        return self.space.apply(via, np.asarray(values, np.float32))
+
+    def via(self, via: str | None, modality: str | None) -> View:
+        """The view that a query goes through: the named one, or the only one of the query's modality.
+
+        A query may go through any view of the index's space, whether or not the index holds its rows.
+        """
+        if via is not None:
+            if via not in self.views:
+                raise InputError(f"index {self.name!r} has no view {via!r}; allowed: via={' | '.join(self.views)}")
+            return self.views[via]
+        fitting = [view for view in self.views.values() if view.modality == modality]
+        if len(fitting) != 1:
+            has = ", ".join(f"{name} ({view.modality})" for name, view in self.views.items())
+            problem = f"{len(fitting)} views of modality {modality!r}" if fitting else f"no view of modality {modality!r}"
+            raise InputError(f"index {self.name!r} has {problem}; name one with via=; it has: {has}")
+        return fitting[0]
+
+    def _allowed(self, where: str | None, modality: str | None, as_of: str | int | None) -> np.ndarray | None:
+        allowed = np.ones(len(self._table), bool)
+        if modality is not None:
+            if modality not in MODALITIES:
+                raise InputError(f"modality={modality!r} is not allowed; one of: {', '.join(MODALITIES)}")
+            views = [name for name, view in self.views.items() if view.modality == modality]
+            allowed &= np.isin(self._table["view"].to_pylist(), views)
+        if where is not None or as_of is not None:
+            allowed &= self._filter(where, as_of)
+        return None if allowed.all() else np.flatnonzero(allowed)
+
+    def _filter(self, where: str | None, as_of: str | int | None) -> np.ndarray:
+        try:
+            import duckdb
+        except ImportError:
+            raise MissingExtra("where= and as_of= need duckdb: pip install 'braid[read]'") from None
+        rows = self._sample_columns()
+        conditions = [f"({where})"] if where is not None else []
+        if as_of is not None:
+            clock = next((name for name in ("available_timestamp", "event_timestamp") if name in rows.column_names), None)
+            if clock is None:
+                raise InputError(f"as_of={as_of!r}: the corpus has no event_timestamp; name it in corpus.columns of the spec")
+            moment = f"make_timestamp_ns({as_of})" if isinstance(as_of, int) else f"TIMESTAMPTZ '{_quoted(as_of)}'"
+            conditions.append(f"{clock} <= {moment}")
+        # The condition is a person's: it may read the rows and nothing else.
+        with duckdb.connect(config={"enable_external_access": "false", "lock_configuration": "true"}) as connection:
+            connection.register("rows", rows.append_column("__row", pa.array(range(len(rows)))))
+            try:
+                found = connection.execute(f"SELECT __row FROM rows WHERE {' AND '.join(conditions)}").fetchnumpy()["__row"]
+            except duckdb.Error as error:
+                columns = ", ".join(rows.column_names)
+                raise InputError(f"where={where!r}: {str(error).splitlines()[0]}; columns: {columns}") from None
+        kept = np.zeros(len(rows), bool)
+        kept[np.asarray(found, np.int64)] = True
+        return kept
+
+    def _sample_columns(self) -> pa.Table:
+        """The corpus's columns for every row of the index."""
+        if self._columns is None:
+            corpus = next(iter(self.views.values())).corpus
+            samples = corpus.to_arrow()
+            samples = samples.drop_columns(["row", "etag", *corpus.fields])
+            position = {sample_id: row for row, sample_id in enumerate(samples["id"].to_pylist())}
+            take = pa.array([position[sample_id] for sample_id in self._table["id"].to_pylist()], pa.int64())
+            self._columns = samples.take(take)
+        return self._columns
+
+    def _hit(self, row: int, score: float) -> Hit:
+        found = {name: self._table[name][row].as_py() for name in self._table.column_names}
+        view = self.views[found["view"]]
+        if view.corpus.ids(found["shard"])[found["row"]] != found["id"]:
+            raise StoreError(f"index {self.name!r} row {row} is not {found['id']!r}; run `braid verify`")
+        columns = view.corpus.read(found["shard"]).drop_columns(["id", "etag", *view.corpus.fields])
+        return Hit(found["id"], score, found["view"], columns.slice(found["row"], 1).to_pylist()[0],
+                   _Place(view, found["shard"], found["row"]))  # fmt: skip
+
+
+class Query:
+    """Encodes what a person asks with, through the encoder that wrote the view. Models load once and stay."""
+
+    def __init__(self) -> None:
+        self._encoders: dict[str, encoders.BaseEncoder] = {}
+
+    def encode(self, view: View, raw: bytes) -> np.ndarray:
+        """float32 [1, view dim] of one raw value, as the pipeline would encode it.
+
+        Raises:
+            DecodeError: the value cannot be decoded.
+            StoreError: this machine's encoder is not the one that the view was made with.
+        """
+        encoder = self._encoder(view)
+        return encoder.encode([encoder.decode(raw)])
+
+    def _encoder(self, view: View) -> encoders.BaseEncoder:
+        card = view.encoder
+        if card["fingerprint"] not in self._encoders:
+            encoder = encoders.find(card["key"], card["options"])
+            here = encoder.card()
+            if encoder.fingerprint() != card["fingerprint"]:
+                differs = [name for name in here if here[name] != card.get(name)]
+                raise StoreError(
+                    f"view {view.name!r} was encoded by another {card['key']} than the one here (they differ in "
+                    f"{', '.join(f'{name}: {card.get(name)} / {here[name]}' for name in differs)}): install the "
+                    "same versions, or encode the view again"
+                )
+            self._encoders[card["fingerprint"]] = encoder
+        return self._encoders[card["fingerprint"]]
+
+
+def read_space(snapshot: Snapshot, name: str) -> Space:
+    """A space of the store."""
+    entries = {entry.shard: entry for entry in snapshot.entries(builds.SPACE, name)}
+    if not entries:
+        there = ", ".join(snapshot.names(builds.SPACE)) or "none"
+        raise NotFound(f"no space {name!r} in {snapshot.storage.uri}; it has: {there}")
+    return Space.from_bytes(_content(snapshot.storage, entries["space"]))
+
+
+def _content(storage: Any, entry: Any) -> bytes:
+    return artefact.read_checked(storage, entry.path, entry.sha256)
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "''")

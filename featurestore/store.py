@@ -1,0 +1,177 @@
+"""The front door: everything that a store holds, at one version."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featurestore import builds
+from featurestore.catalog import Catalog, Snapshot
+from featurestore.corpora import ROWS, Corpus
+from featurestore.errors import InputError
+from featurestore.search import Hits, Index, Query, read_space
+from featurestore.spaces import Space
+from featurestore.storage import Storage
+from featurestore.views import VIEW, View
+
+if TYPE_CHECKING:
+    from featurestore.training import TrainingSet
+
+
+class FeatureStore:
+    """A store at one version: what others commit later does not show until another FeatureStore is opened.
+
+    Args:
+        store: a folder, `s3://…` or `gs://…`, or a `Storage` with its options.
+        version: a version of `history()`; None pins the newest there is now.
+
+    Raises:
+        NotFound: no store at that address, or no such version.
+    """
+
+    def __init__(self, store: "str | os.PathLike[str] | Storage", version: int | None = None) -> None:
+        self.storage = Storage.of(store)
+        self._catalog = Catalog(self.storage)
+        self.snapshot: Snapshot = self._catalog.snapshot(version)
+        self._indexes: dict[str, Index] = {}
+        self._query = Query()
+
+    def __repr__(self) -> str:
+        return (
+            f"FeatureStore({self.storage.uri!r}, version={self.version}: corpora {self.corpora()}, views {self.views()}, "
+            f"indexes {self.indexes()}, training sets {self.training_sets()})"
+        )
+
+    @property
+    def version(self) -> int:
+        """The version that is read."""
+        return self.snapshot.version
+
+    def corpora(self) -> list[str]:
+        """Names of the corpora."""
+        return self.snapshot.names(ROWS)
+
+    def views(self) -> list[str]:
+        """Names of the views."""
+        return self.snapshot.names(VIEW)
+
+    def spaces(self) -> list[str]:
+        """Names of the spaces."""
+        return self.snapshot.names(builds.SPACE)
+
+    def indexes(self) -> list[str]:
+        """Names of the indexes."""
+        return self.snapshot.names(builds.INDEX)
+
+    def training_sets(self) -> list[str]:
+        """Names of the training sets."""
+        return self.snapshot.names(builds.TRAINING)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every version, newest first: version, timestamp_ms, job, files."""
+        return self._catalog.history()
+
+    def digest(self) -> str:
+        """sha256 over everything that this version names; stores with equal content have equal digests."""
+        return self.snapshot.digest()
+
+    def corpus(self, name: str) -> Corpus:
+        """A corpus: rows, raw values."""
+        return Corpus(self.snapshot, name)
+
+    def view(self, name: str) -> View:
+        """A view: take, scanner, to_arrow, files."""
+        return View(self.snapshot, name)
+
+    def space(self, name: str) -> Space:
+        """A joint space: the projection of each of its views."""
+        return read_space(self.snapshot, name)
+
+    def index(self, name: str) -> Index:
+        """An index; opened once."""
+        if name not in self._indexes:
+            self._indexes[name] = Index(self.snapshot, name)
+        return self._indexes[name]
+
+    def training_set(self, name: str) -> "TrainingSet":
+        """A training set: rows by split, the loader for torch, its card."""
+        from featurestore.training import TrainingSet
+
+        return TrainingSet(self.snapshot, name)
+
+    def search(
+        self,
+        index: str,
+        *,
+        text: str | None = None,
+        image: Any = None,
+        audio: Any = None,
+        vector: Any = None,
+        via: str | None = None,
+        k: int = 10,
+        where: str | None = None,
+        modality: str | None = None,
+        as_of: str | int | None = None,
+    ) -> Hits:
+        """The k samples of an index nearest to a text, an image, a sound or a vector.
+
+        Args:
+            index: one of `indexes()`.
+            text: the words to search by.
+            image: a file's path, its bytes, or a PIL image.
+            audio: a sound file's path or bytes.
+            vector: float [d]: of view `via` (as its encoder gives it), or of the index's space where `via` is None.
+            via: the view whose encoder reads the query; needed where several views have its modality.
+            k: how many; at least 1.
+            where: an SQL condition over the corpus's columns, e.g. `label = 'animals'`.
+            modality: only hits through views of this modality, e.g. `image`.
+            as_of: only samples available by this time.
+
+        Raises:
+            InputError: no query or several, an unknown view, column or modality, or a vector of another dimension.
+        """
+        given = {
+            name: value
+            for name, value in (("text", text), ("image", image), ("audio", audio), ("vector", vector))
+            if value is not None
+        }
+        if len(given) != 1:
+            raise InputError(f"search by one of text=, image=, audio=, vector=; given: {', '.join(given) or 'none'}")
+        ((kind, value),) = given.items()
+        opened = self.index(index)
+        query = self._vector(opened, value, via) if kind == "vector" else self._encoded(opened, kind, value, via)
+        return opened.search(query, k, where, modality, as_of)
+
+    def _encoded(self, index: Index, kind: str, value: Any, via: str | None) -> np.ndarray:
+        view = index.via(via, kind)
+        if view.modality != kind:
+            raise InputError(f"via={view.name!r} reads {view.modality}, not {kind}")
+        return index.embed(view.name, self._query.encode(view, _raw(kind, value)))[0]
+
+    def _vector(self, index: Index, value: Any, via: str | None) -> np.ndarray:
+        vector = np.asarray(value, np.float32)
+        dim = index.space.dim if via is None else index.via(via, None).dim
+        if vector.shape != (dim,) or not np.isfinite(vector).all():
+            whose = f"space {index.space.name!r}" if via is None else f"view {via!r}"
+            raise InputError(f"vector of shape {vector.shape}: {whose} has vectors of [{dim}], all finite")
+        return vector if via is None else index.embed(via, vector[None])[0]
+
+
+def _raw(kind: str, value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if kind == "text":
+        return str(value).encode()
+    if isinstance(value, str | os.PathLike):
+        try:
+            return Path(value).read_bytes()
+        except OSError as error:
+            raise InputError(f"{kind}={str(value)!r} cannot be read: {error}") from error
+    if kind == "image" and hasattr(value, "save"):
+        import io
+
+        buffer = io.BytesIO()
+        value.save(buffer, "PNG")
+        return buffer.getvalue()
+    raise InputError(f"{kind}= takes a path or bytes{' or a PIL image' if kind == 'image' else ''}, not {type(value).__name__}")
