@@ -5,6 +5,7 @@ refuses plain http unless told. So nobody outside this module writes client opti
 """
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -31,6 +32,9 @@ SCRATCH = ".tmp"
 OBJECT_URI = re.compile(
     r"(?P<scheme>s3|gs)://(?P<bucket>[a-z0-9][a-z0-9._-]*)(?P<prefix>(/[A-Za-z0-9_=+-][A-Za-z0-9._=+-]*)*)"
 )
+
+# In a local path deltalake 1.6 turns these into another path, or panics.
+FOREIGN_TO_DELTALAKE = re.compile(r"%[0-9A-Fa-f]{2}|[\[\]\\|^]")
 
 
 class Storage(BaseModel):
@@ -61,9 +65,12 @@ class Storage(BaseModel):
     @classmethod
     def _normal_uri(cls, uri: str) -> str:
         path = uri.removeprefix("file://")
-        if not path or "\0" in path:
-            raise ValueError(f"{uri!r} is not a store's address; allowed: a folder, s3://bucket/prefix, gs://…")
         if "://" not in path:
+            if not path or FOREIGN_TO_DELTALAKE.search(path) or not path.isprintable():
+                raise ValueError(
+                    f"{uri!r} is not a store's address; allowed: a folder whose path holds no control characters, "
+                    "no brackets [ ], no \\ | ^ and no % with two hex digits"
+                )
             # Absolute, because Beam's workers run in other folders.
             return os.path.abspath(os.path.expanduser(path))
         if not OBJECT_URI.fullmatch(path.rstrip("/")):
@@ -306,16 +313,17 @@ class Storage(BaseModel):
             bucket = self.root.partition("/")[0]
             raise StoreError(f"{self.uri}: there is no bucket {bucket!r}; make it or correct store.uri") from error
 
-    def _s3_client_options(self) -> dict[str, Any]:
+    def _client_options(self) -> dict[str, Any]:
+        if self.is_local:
+            return {}
         # Listings are not cached: other processes write to the same store.
-        options: dict[str, Any] = {"use_listings_cache": False, "anon": self.anonymous}
-        if self.endpoint:
-            options["endpoint_url"] = self.endpoint
-        if self.profile:
-            options["profile"] = self.profile
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if self.scheme == "gs":
+            return options | ({"token": "anon"} if self.anonymous else {})
         if region := self._region():
             options["client_kwargs"] = {"region_name": region}
-        return options
+        options |= {"anon": self.anonymous, "endpoint_url": self.endpoint, "profile": self.profile}
+        return {name: value for name, value in options.items() if value is not None}
 
     def _s3_delta_options(self) -> dict[str, str]:
         options = {"AWS_REGION": self._region()}
@@ -400,14 +408,13 @@ def _is_alive(pid: int) -> bool:
 def _open_filesystem(storage: Storage, pid: int) -> "AbstractFileSystem":
     import fsspec
 
-    options = {"file": {}, "gs": {}, "s3": storage._s3_client_options()}[storage.scheme]
-    if storage.scheme == "gs":
-        options = {"use_listings_cache": False, "token": "anon"} if storage.anonymous else {"use_listings_cache": False}
+    package = {"s3": "s3fs", "gs": "gcsfs"}.get(storage.scheme, "fsspec")
     try:
-        return fsspec.filesystem(storage.scheme, **options)
+        importlib.import_module(package)
     except ImportError as error:
-        package, install = {"s3": ("s3fs", "braid[read]")}.get(storage.scheme, ("gcsfs", "gcsfs"))
-        raise MissingExtra(f"{storage.uri} needs {package}, not installed here: pip install '{install}'") from error
+        extra = "braid[read]" if package == "s3fs" else package
+        raise MissingExtra(f"{storage.uri} needs {package}, not installed here: pip install '{extra}'") from error
+    return fsspec.filesystem(storage.scheme, **storage._client_options())
 
 
 def _profile_keys(profile: str) -> dict[str, str]:
