@@ -156,11 +156,13 @@ class Index:
         """
         allowed = self._allowed(where, modality, as_of)
         scores, rows = indexes.search(self._index, np.atleast_2d(query), k, allowed)
-        return Hits(self._hit(int(row), float(score)) for score, row in zip(scores[0], rows[0], strict=True) if row >= 0)
+        return Hits(
+            self._hit(int(row), float(score)) for score, row in zip(scores[0], rows[0], strict=True) if row >= 0
+        )
 
     def embed(self, via: str, values: Sequence[Any]) -> np.ndarray:
         """float32 [n, dim] vectors of the index's space from raw vectors [n, view dim] of view `via`."""
-        return self.space.apply(via, np.asarray(values, np.float32))
+        return self.space.projections[via].apply(np.asarray(values, np.float32))
 
     def via(self, via: str | None, modality: str | None) -> View:
         """The view that a query goes through: the named one, or the only one of the query's modality.
@@ -174,7 +176,9 @@ class Index:
         fitting = [view for view in self.views.values() if view.modality == modality]
         if len(fitting) != 1:
             has = ", ".join(f"{name} ({view.modality})" for name, view in self.views.items())
-            problem = f"{len(fitting)} views of modality {modality!r}" if fitting else f"no view of modality {modality!r}"
+            problem = (
+                f"{len(fitting)} views of modality {modality!r}" if fitting else f"no view of modality {modality!r}"
+            )
             raise InputError(f"index {self.name!r} has {problem}; name one with via=; it has: {has}")
         return fitting[0]
 
@@ -197,16 +201,22 @@ class Index:
         rows = self._sample_columns()
         conditions = [f"({where})"] if where is not None else []
         if as_of is not None:
-            clock = next((name for name in ("available_timestamp", "event_timestamp") if name in rows.column_names), None)
+            clock = next(
+                (name for name in ("available_timestamp", "event_timestamp") if name in rows.column_names), None
+            )
             if clock is None:
-                raise InputError(f"as_of={as_of!r}: the corpus has no event_timestamp; name it in corpus.columns of the spec")
+                raise InputError(
+                    f"as_of={as_of!r}: the corpus has no event_timestamp; name it in corpus.columns of the spec"
+                )
             moment = f"make_timestamp_ns({as_of})" if isinstance(as_of, int) else f"TIMESTAMPTZ '{_quoted(as_of)}'"
             conditions.append(f"{clock} <= {moment}")
         # The condition is a person's: it may read the rows and nothing else.
         with duckdb.connect(config={"enable_external_access": "false", "lock_configuration": "true"}) as connection:
             connection.register("rows", rows.append_column("__row", pa.array(range(len(rows)))))
             try:
-                found = connection.execute(f"SELECT __row FROM rows WHERE {' AND '.join(conditions)}").fetchnumpy()["__row"]
+                found = connection.execute(f"SELECT __row FROM rows WHERE {' AND '.join(conditions)}").fetchnumpy()[
+                    "__row"
+                ]
             except duckdb.Error as error:
                 columns = ", ".join(rows.column_names)
                 raise InputError(f"where={where!r}: {str(error).splitlines()[0]}; columns: {columns}") from None

@@ -174,4 +174,6 @@ def _raw(kind: str, value: Any) -> bytes:
         buffer = io.BytesIO()
         value.save(buffer, "PNG")
         return buffer.getvalue()
-    raise InputError(f"{kind}= takes a path or bytes{' or a PIL image' if kind == 'image' else ''}, not {type(value).__name__}")
+    raise InputError(
+        f"{kind}= takes a path or bytes{' or a PIL image' if kind == 'image' else ''}, not {type(value).__name__}"
+    )

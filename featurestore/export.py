@@ -1,0 +1,81 @@
+"""Views leave as WebDataset shards: the corpus's own shards and order, vectors as `<key>.<view>.npy`."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from featurestore import vectors
+from featurestore.corpora import Corpus, member_name
+from featurestore.errors import InputError
+from featurestore.identity import tar_key
+from featurestore.store import FeatureStore
+from featurestore.views import View
+
+FORMATS = ("webdataset",)
+
+
+def export_webdataset(store: FeatureStore, views: Sequence[str], out: Path, raw: bool = False) -> list[Path]:
+    """Writes one tar per corpus shard, samples adjacent and in the corpus's order; equal stores give equal bytes.
+
+    A sample has `<key>.json` (id, group and the corpus's columns), `<key>.<view>.npy` (float32 [dim], pickle-free) for each
+    view where its value is present (a missing vector is a missing member, never zeros) and, with `raw`, its raw fields.
+
+    Raises:
+        InputError: views of different corpora, a view named like a field whose raw values are asked for too, or a folder
+            that holds files already.
+    """
+    opened = [store.view(name) for name in dict.fromkeys(views)]
+    corpora = {view.corpus.name for view in opened}
+    if len(corpora) != 1:
+        raise InputError(
+            f"views {', '.join(views)} are of {len(corpora)} corpora ({', '.join(sorted(corpora))}); one is needed"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise InputError(f"{out} is not empty; name a new folder")
+    corpus, written = opened[0].corpus, []
+    for number, shard in enumerate(corpus.shards):
+        path = out / f"{corpus.name}-{number:05d}.tar"
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, content in _members(corpus, opened, shard.shard, raw):
+                add_member(tar, name, content)
+        written.append(path)
+    return written
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a member with no time, owner or mode of its own."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def npy(vector: np.ndarray) -> bytes:
+    """The .npy bytes of an array of numbers."""
+    buffer = io.BytesIO()
+    np.save(buffer, vector, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _members(corpus: Corpus, views: Sequence[View], shard: str, raw: bool) -> Iterator[tuple[str, bytes]]:
+    rows = corpus.read(shard)
+    tables = {view.name: view.read(shard) for view in views}
+    matrices = {name: vectors.matrix(table["embedding"]) for name, table in tables.items()}
+    present = {name: np.asarray(table["present"]) for name, table in tables.items()}
+    columns = rows.drop_columns(["etag", *corpus.fields]).to_pylist()
+    for row, about in enumerate(columns):
+        yield (
+            f"{tar_key(about['id'])}.json",
+            json.dumps(about, sort_keys=True, ensure_ascii=False, default=str).encode(),
+        )
+        for name, matrix in matrices.items():
+            if present[name][row]:
+                yield f"{tar_key(about['id'])}.{name}.npy", npy(matrix[row])
+        for field in corpus.fields if raw else ():
+            value = corpus.value(shard, row, field)
+            if value is not None:
+                yield member_name(about["id"], field, rows[field][row].as_py()["ext"]), value

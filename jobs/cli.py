@@ -1,0 +1,246 @@
+"""The `braid` command: one command per job, the same spec, the same errors. Beam's options pass through after `--`."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featurestore.errors import BraidError, InputError
+
+app = typer.Typer(
+    help="Aligned multimodal embeddings: shard a corpus, encode it, index it, fuse it into training sets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML file.")]
+BeamArgs = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options, after --.")
+]
+Store = Annotated[str, typer.Argument(metavar="STORE", help="A folder, s3://… or gs://…")]
+Version = Annotated[int | None, typer.Option(help="Read this version instead of the newest.")]
+
+
+def main() -> None:
+    """Runs the command line: a BraidError is one message and exit status 1 (2 for bad input), a bug a traceback."""
+    try:
+        app()
+    except BraidError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _say() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _spec(path: Path) -> Any:
+    from jobs import spec
+
+    return spec.load(path)
+
+
+def _store(uri: str, version: int | None = None) -> Any:
+    from featurestore.store import FeatureStore
+
+    return FeatureStore(uri, version=version)
+
+
+def _run(path: Path, stages: tuple[str, ...], only: str | None, beam_args: list[str] | None) -> list[Any]:
+    spec = _spec(path)
+    _quiet()
+    from jobs.run import Runner
+
+    runner = Runner(spec, _say(), beam_args or ())
+    done = runner.run(stages, only)
+    if done:
+        from featurestore.catalog import Catalog
+
+        _say().print(f"store {spec.store.uri}, version {Catalog(spec.store).snapshot().version}")
+    return done
+
+
+def _quiet() -> None:
+    """What a worker raises on purpose is printed once, by `main`; Beam would log its traceback before."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+@app.command()
+def init(spec: SpecPath) -> None:
+    """Make the spec's store: write and read through both of its clients, and create its catalog."""
+    from featurestore.catalog import Catalog
+
+    storage = _spec(spec).store
+    with storage.scratch() as folder:
+        local = folder / "probe.txt"
+        local.write_text("braid")
+        storage.put(local, "probe/probe.txt")
+    if storage.read("probe/probe.txt") != b"braid":
+        raise BraidError(f"{storage.uri}: what was written is not what is read back; check the endpoint")
+    storage.delete("probe/probe.txt")
+    Catalog(storage).create()
+    _say().print(f"{storage.uri} is ready, version {Catalog(storage).snapshot().version}")
+
+
+@app.command()
+def plan(spec: SpecPath) -> None:
+    """Say which steps are fresh, which are stale, and why; run nothing."""
+    from jobs import plan as planning
+
+    loaded = _spec(spec)
+    steps = planning.steps(loaded, planning.open_catalog(loaded.store))
+    from rich.table import Table
+
+    table = Table("stage", "name", "state", "to do", "why", box=None, pad_edge=False)
+    for step in steps:
+        todo = f"{step.todo} of {step.total}" if step.state != planning.FRESH else ""
+        table.add_row(step.stage, step.name, step.state, todo, step.why)
+    console = _say()
+    console.print(table)
+    stale = sum(step.state != planning.FRESH for step in steps)
+    console.print(
+        f"{stale} of {len(steps)} steps to run" if stale else "Everything is fresh: `braid run` computes nothing."
+    )
+
+
+@app.command()
+def run(spec: SpecPath, beam: BeamArgs = None) -> None:
+    """Run every stage that is stale: shard, encode, align, index, fuse."""
+    from jobs.plan import STAGES
+
+    _run(spec, STAGES, None, beam)
+
+
+@app.command()
+def shard(spec: SpecPath, beam: BeamArgs = None) -> None:
+    """Bring the source's new samples into the store as shards."""
+    _run(spec, ("shard",), None, beam)
+
+
+@app.command()
+def encode(
+    spec: SpecPath, view: Annotated[str | None, typer.Option(help="Only this view.")] = None, beam: BeamArgs = None
+) -> None:
+    """Encode the shards that views lack."""
+    _run(spec, ("encode",), view, beam)
+
+
+@app.command()
+def align(spec: SpecPath, beam: BeamArgs = None) -> None:
+    """Learn the spaces that are stale."""
+    _run(spec, ("align",), None, beam)
+
+
+@app.command()
+def index(spec: SpecPath, beam: BeamArgs = None) -> None:
+    """Build the indexes that are stale."""
+    _run(spec, ("index",), None, beam)
+
+
+@app.command()
+def fuse(spec: SpecPath, beam: BeamArgs = None) -> None:
+    """Assemble the training sets that are stale."""
+    _run(spec, ("fuse",), None, beam)
+
+
+@app.command()
+def search(
+    store: Store,
+    index: Annotated[str, typer.Argument(metavar="INDEX", help="Name of an index of the store.")],
+    text: Annotated[str | None, typer.Option(help="Words to search by.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to search by.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="A sound to search by.")] = None,
+    via: Annotated[str | None, typer.Option(help="The view whose encoder reads the query.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many hits.")] = 10,
+    where: Annotated[str | None, typer.Option(help="An SQL condition over the corpus's columns.")] = None,
+    modality: Annotated[str | None, typer.Option(help="Only hits through views of this modality.")] = None,
+    version: Version = None,
+) -> None:
+    """Search an index by text, picture or sound; print score, id, view and caption of each hit."""
+    _quiet()
+    hits = _store(store, version).search(
+        index, text=text, image=image, audio=audio, via=via, k=k, where=where, modality=modality
+    )
+    console = _say()
+    for hit in hits:
+        console.print(f"{hit.score:.3f}  {hit.id}  [{hit.view}]  {hit.text or ''}", markup=False)
+
+
+@app.command()
+def get(
+    store: Store,
+    view: Annotated[str, typer.Argument(metavar="VIEW", help="Name of a view of the store.")],
+    ids: Annotated[list[str], typer.Argument(metavar="ID…", help="Ids of samples.")],
+    version: Version = None,
+) -> None:
+    """Print the rows of some ids of a view as JSON lines; a missing vector is null, with its reason."""
+    for row in _store(store, version).view(view).take(ids, ["id", "present", "miss_reason", "embedding"]).to_pylist():
+        print(json.dumps(row, ensure_ascii=False))
+
+
+@app.command()
+def status(store: Store, version: Version = None) -> None:
+    """Say what a store holds, what was rejected and why, and its digest."""
+    opened = _store(store, version)
+    from jobs.report import status_lines
+
+    console = _say()
+    for line in status_lines(opened):
+        console.print(line, markup=False)
+
+
+@app.command()
+def history(store: Store) -> None:
+    """Print every version of a store, newest first."""
+    import datetime
+
+    for commit in _store(store).history():
+        moment = datetime.datetime.fromtimestamp(commit["timestamp_ms"] / 1000, datetime.UTC)
+        print(f"{commit['version']:>5}  {moment:%Y-%m-%d %H:%M:%S}Z  {commit['job']}  ({commit['files']} files)")
+
+
+@app.command()
+def verify(
+    store: Store,
+    level: Annotated[str, typer.Option(help="footers (seconds), rows, or bytes (everything).")] = "bytes",
+    version: Version = None,
+) -> None:
+    """Prove that every artefact of a store is aligned and whole; name shard and row of what is not."""
+    from featurestore.storage import Storage
+    from featurestore.verify import verify as prove
+
+    report = prove(Storage.of(store), version, level)
+    console = _say()
+    for line in report.lines():
+        console.print(line, markup=False)
+    if report.findings:
+        sys.exit(1)
+
+
+@app.command()
+def export(
+    store: Store,
+    views: Annotated[list[str], typer.Argument(metavar="VIEW…", help="Views of one corpus.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    format: Annotated[str, typer.Option(help="webdataset")] = "webdataset",
+    raw: Annotated[bool, typer.Option("--raw", help="Put the raw fields beside the vectors.")] = False,
+    version: Version = None,
+) -> None:
+    """Write views as WebDataset shards, in the corpus's own shards and order."""
+    from featurestore.export import FORMATS, export_webdataset
+
+    if format not in FORMATS:
+        raise InputError(f"--format {format!r} is not allowed; one of: {', '.join(FORMATS)}")
+    written = export_webdataset(_store(store, version), views, out, raw=raw)
+    _say().print(f"{len(written)} shards in {out}")

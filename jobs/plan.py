@@ -1,0 +1,200 @@
+"""What is to be done: pure functions from a spec, a snapshot of the catalog and a listing of the store.
+
+Nothing here runs a pipeline. `braid plan` prints the steps, `braid run` carries out those that are not fresh.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from featurestore import builds
+from featurestore.catalog import Catalog, Snapshot
+from featurestore.corpora import ROWS, Corpus
+from featurestore.errors import InputError, NotFound
+from featurestore.storage import Storage
+from featurestore.views import VIEW
+from jobs.spec import Spec
+from pipelines import align, encode, fuse, index, shard
+from pipelines.sources import open_source
+
+STAGES = ("shard", "encode", "align", "index", "fuse")
+BUILD_STAGES = {"align": builds.SPACE, "index": builds.INDEX, "fuse": builds.TRAINING}
+
+FRESH, STALE, PENDING = "fresh", "stale", "pending"
+"""A pending step is stale only if an earlier one gives other bytes than before."""
+
+
+class Step(NamedTuple):
+    """One job: `todo` of `total` shards (of builds: 0 or 1 of 1), and why."""
+
+    stage: str
+    name: str
+    state: str
+    todo: int
+    total: int
+    why: str
+
+
+def open_catalog(storage: Storage) -> Snapshot:
+    """The store's newest snapshot; the store is made where there is none."""
+    catalog = Catalog(storage)
+    catalog.create()
+    return catalog.snapshot()
+
+
+def corpus_dict(spec: Spec) -> dict[str, Any]:
+    """The corpus part of a spec, as it travels to workers."""
+    corpus: dict[str, Any] = spec.corpus.model_dump(mode="json")
+    return corpus
+
+
+def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
+    """What the source holds that the store does not.
+
+    Raises:
+        InputError: samples changed since they were stored, or the corpus's fields did: an ingest only adds.
+    """
+    corpus = corpus_dict(spec)
+    name = corpus["name"]
+    found = shard.scan(open_source(corpus), shard.known_etags(snapshot, name))
+    if found.changed:
+        raise InputError(
+            f"corpus {name!r}: {found.changed} of its samples (their files, or their lines in {corpus['source']['path']}) "
+            "changed since they were stored; shards are never changed, so give the changed samples new ids, or name "
+            "another store or corpus"
+        )
+    if name in snapshot.names(ROWS):
+        stored, asked = (
+            Corpus(snapshot, name).fields,
+            {field: each["modality"] for field, each in corpus["fields"].items()},
+        )
+        if stored != asked:
+            raise InputError(
+                f"corpus {name!r} is stored with fields {stored}, the spec has {asked}; its shards are never changed, so "
+                "name another corpus or store"
+            )
+    return found
+
+
+def view_plans(spec: Spec) -> list[encode.ViewPlan]:
+    """The spec's views with their recipes."""
+    return [
+        encode.view_plan(name, spec.corpus.name, view.field, view.encoder, view.options)
+        for name, view in spec.views.items()
+    ]
+
+
+def build_settings(spec: Spec, stage: str) -> dict[str, dict[str, Any]]:
+    """Name -> settings of the builds of a stage."""
+    parts, settings = {
+        "align": (spec.spaces, align.settings),
+        "index": (spec.indexes, index.settings),
+        "fuse": (spec.training_sets, fuse.settings),
+    }[stage]
+    return {name: settings(spec.corpus.name, part.model_dump(mode="json")) for name, part in parts.items()}
+
+
+def planned_build(snapshot: Snapshot, stage: str, name: str, settings: dict[str, Any]) -> builds.Build | None:
+    """The build to make, or None where the catalog names it and its files are there."""
+    planned = builds.plan(snapshot, BUILD_STAGES[stage], name, settings)
+    entries = snapshot.entries(planned.kind, name)
+    listing = snapshot.storage.list(planned.stem)
+    whole = bool(entries) and all(listing.get(entry.path) == entry.bytes for entry in entries)
+    return None if whole and {entry.recipe for entry in entries} == {planned.key} else planned
+
+
+def steps(spec: Spec, snapshot: Snapshot) -> list[Step]:
+    """Every step of a spec, in order, with its state."""
+    first = _shard_step(spec, snapshot)
+    made = [first, *_encode_steps(spec, snapshot, first.state)]
+    unsure = {step.name: step.state for step in made[1:] if step.state != FRESH}
+    spaces = list(_build_steps(spec, snapshot, "align", unsure))
+    unsure_spaces = {step.name: step.state for step in spaces if step.state != FRESH}
+    return [
+        *made,
+        *spaces,
+        *_build_steps(spec, snapshot, "index", unsure, unsure_spaces),
+        *_build_steps(spec, snapshot, "fuse", unsure),
+    ]
+
+
+def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
+    found, corpus = ingest(spec, snapshot), corpus_dict(spec)
+    gone = f"; {found.gone} stored samples are no longer in the source and stay" if found.gone else ""
+    lost = [] if not found.known else _lost(snapshot, corpus["name"])
+    if lost:
+        raise InputError(
+            f"corpus {corpus['name']!r}: {len(lost)} of its files are gone or have another size, e.g. {lost[0]}: the raw data "
+            "of a store cannot be made again from itself; restore them, or shard into a new store"
+        )
+    if not found.samples:
+        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{found.known} samples stored{gone}")
+    return Step(
+        "shard", corpus["name"], STALE, found.samples, found.known + found.samples, f"{found.samples} new samples{gone}"
+    )
+
+
+def _lost(snapshot: Snapshot, name: str) -> list[str]:
+    listing = snapshot.storage.list(f"corpora/{name}")
+    entries = [entry for kind in (ROWS, "media") for entry in snapshot.entries(kind, name)]
+    return [entry.path for entry in entries if listing.get(entry.path) != entry.bytes]
+
+
+def _encode_steps(spec: Spec, snapshot: Snapshot, corpus_state: str) -> Iterator[Step]:
+    for plan in view_plans(spec):
+        if corpus_state != FRESH and spec.corpus.name not in snapshot.names(ROWS):
+            yield Step("encode", plan.name, STALE, 0, 0, "its corpus is new")
+            continue
+        tasks = encode.stale(snapshot, plan, snapshot.storage.list(encode.folder(plan)))
+        total = len(Corpus(snapshot, spec.corpus.name).shards)
+        if corpus_state != FRESH:
+            yield Step("encode", plan.name, STALE, len(tasks), total, "its corpus grows")
+        elif tasks:
+            yield Step("encode", plan.name, STALE, len(tasks), total, _why(snapshot, plan, len(tasks)))
+        else:
+            yield Step("encode", plan.name, FRESH, 0, total, f"{total} shards")
+
+
+def _why(snapshot: Snapshot, plan: encode.ViewPlan, todo: int) -> str:
+    recipes = {entry.recipe for entry in snapshot.entries(VIEW, plan.name)}
+    if not recipes:
+        return "not encoded yet"
+    if recipes != {plan.recipe}:
+        return "another field, encoder, option or version than it was encoded with"
+    return f"{todo} shards are new, gone or of another size"
+
+
+def _build_steps(
+    spec: Spec, snapshot: Snapshot, stage: str, views: dict[str, str], spaces: dict[str, str] | None = None
+) -> Iterator[Step]:
+    for name, settings in build_settings(spec, stage).items():
+        after = {view: views[view] for view in settings["views"] if view in views}
+        if spaces and settings.get("space") in spaces:
+            after[settings["space"]] = spaces[settings["space"]]
+        kind = BUILD_STAGES[stage]
+        try:
+            planned = planned_build(snapshot, stage, name, settings)
+        except NotFound as missing:
+            yield Step(stage, name, STALE, 1, 1, str(missing))
+            continue
+        if planned is not None:
+            why = "not made yet" if name not in snapshot.names(kind) else "its settings, inputs or files changed"
+            yield Step(stage, name, STALE, 1, 1, why)
+        elif after:
+            yield _waiting(spec, snapshot, stage, name, after)
+        else:
+            yield Step(stage, name, FRESH, 0, 1, "")
+
+
+def _waiting(spec: Spec, snapshot: Snapshot, stage: str, name: str, after: dict[str, str]) -> Step:
+    """A build that is whole itself, behind inputs that are not: surely stale where one gets another recipe or more rows."""
+    recipes = {plan.name: plan.recipe for plan in view_plans(spec)}
+    surely = [view for view in after if view in recipes and _covered(snapshot, spec, view, recipes[view])]
+    if surely or any(state == STALE and each not in recipes for each, state in after.items()):
+        return Step(stage, name, STALE, 1, 1, f"made from {', '.join(sorted(after))}, which changed")
+    return Step(stage, name, PENDING, 1, 1, f"only if {', '.join(sorted(after))} comes out with other bytes")
+
+
+def _covered(snapshot: Snapshot, spec: Spec, view: str, recipe: str) -> bool:
+    """Whether a view will change for sure: it has another recipe now, or fewer rows than its corpus will have."""
+    entries = snapshot.entries(VIEW, view, recipe)
+    return len(entries) != len(snapshot.entries(ROWS, spec.corpus.name))

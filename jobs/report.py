@@ -1,0 +1,65 @@
+"""What a store holds, in figures: samples, values per field, what was rejected and why."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from featurestore.artefact import read_checked, read_table
+from featurestore.corpora import QUARANTINE
+from featurestore.store import FeatureStore
+
+
+def rejected(store: FeatureStore, corpus: str) -> list[dict[str, Any]]:
+    """Every quarantined value of a corpus: id, field, stage, reason, detail, source."""
+    views = [view for view in map(store.view, store.views()) if view.corpus.name == corpus]
+    scopes = [("", f"shard/{corpus}"), *((view.recipe, f"encode/{view.name}") for view in views)]
+    rows: list[dict[str, Any]] = []
+    for recipe, name in scopes:
+        for entry in store.snapshot.entries(QUARANTINE, name, recipe):
+            rows += read_table(read_checked(store.storage, entry.path, entry.sha256)).to_pylist()
+    return rows
+
+
+def field_counts(store: FeatureStore, corpus: str) -> dict[str, dict[str, int]]:
+    """Per field: present, missing and quarantined values. They add up to the number of samples.
+
+    A value that one view's encoder rejected counts as quarantined, not as present.
+    """
+    opened = store.corpus(corpus)
+    table = opened.to_arrow()
+    bad: dict[str, set[str]] = {field: set() for field in opened.fields}
+    for row in rejected(store, corpus):
+        bad[row["field"]].add(row["id"])
+    counts = {}
+    for field in opened.fields:
+        missing = sum(member["miss_reason"] == "absent" for member in table[field].to_pylist())
+        quarantined = len(bad[field])
+        counts[field] = {
+            "present": opened.rows - missing - quarantined,
+            "missing": missing,
+            "quarantined": quarantined,
+        }
+    return counts
+
+
+def status_lines(store: FeatureStore) -> Iterator[str]:
+    """A store in words, for `braid status`."""
+    yield f"{store.storage.uri}, version {store.version}, digest {store.digest()}"
+    for name in store.corpora():
+        corpus = store.corpus(name)
+        yield f"corpus {name}: {corpus.rows} samples in {len(corpus.shards)} shards"
+        for field, counts in field_counts(store, name).items():
+            yield "  " + f"{field}: " + ", ".join(f"{count} {what}" for what, count in counts.items())
+        for (stage, field, reason), count in sorted(Counter(_causes(store, name)).items()):
+            yield f"  rejected at {stage}: {field}, {reason}: {count}"
+    for name in store.views():
+        view = store.view(name)
+        yield f"view {name}: {view.rows} rows × {view.dim} float32, {view.encoder['key']} of {view.field}"
+    for name in store.indexes():
+        yield f"index {name}: {store.index(name).card['rows']} vectors, {store.index(name).card['factory']}"
+    for name in store.training_sets():
+        yield f"training set {name}: {store.training_set(name)}"
+
+
+def _causes(store: FeatureStore, corpus: str) -> Iterator[tuple[str, str, str]]:
+    return ((row["stage"], row["field"], row["reason"]) for row in rejected(store, corpus))

@@ -1,0 +1,146 @@
+"""Stage 4: learn a joint space for two views from the samples that have both.
+
+One element is one space: its pairs are few enough to be read by one worker (a fixed sample of `MAX_PAIRS` where there are
+more). The card says what held-out groups gave, by the protocol of `featurestore.recall`; the projections that are stored are
+then learned from all pairs.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+
+from featurestore import artefact, builds, indexes, recall, spaces
+from featurestore.catalog import Catalog, Entry, Snapshot
+from featurestore.errors import InputError
+from featurestore.heads import one_thread
+from featurestore.identity import hash64
+from featurestore.storage import Storage
+from featurestore.views import View
+from pipelines.runner import Commit, Job, Result, Scope, result
+
+MAX_PAIRS = 100_000
+FEW_PAIRS = 300
+"""Below this many pairs a test part is so small that 10 splits are measured instead of 5."""
+
+
+def settings(corpus: str, space: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a space's build, from the spec."""
+    return {"corpus": corpus, "views": space["views"], "method": space["method"], "dim": space["dim"]}
+
+
+def pairs(snapshot: Snapshot, views: list[str]) -> tuple[recall.Pairs, str | None]:
+    """The samples that have both views, and the text field by which two of them answer the same query.
+
+    That is the first text field among the views' own, else among the fields of the corpus that some view encodes: samples
+    with equal bytes there are as good an answer as the sample itself.
+    """
+    first, second = (View(snapshot, view) for view in views)
+    (x, has_x), (y, has_y) = first.matrix(), second.matrix()
+    rows = np.flatnonzero(has_x & has_y)
+    table = first.corpus.to_arrow()
+    ids = table["id"].to_pylist()
+    if len(rows) > MAX_PAIRS:
+        order = sorted(rows, key=lambda row: hash64(ids[row]))
+        rows = np.sort(np.array(order[:MAX_PAIRS]))
+    if len(rows) < 20:
+        raise InputError(
+            f"views {views[0]!r} and {views[1]!r} share {len(rows)} samples; a space needs at least 20, and some hundreds to "
+            "be of use"
+        )
+    field = _text_field(snapshot, [first, second])
+    keys = ids if field is None else _keys(ids, table[field].to_pylist())
+    groups = table["group"].to_pylist()
+    return recall.Pairs(x[rows], y[rows], [groups[row] for row in rows], [keys[row] for row in rows]), field
+
+
+def _text_field(snapshot: Snapshot, views: list[View]) -> str | None:
+    others = [View(snapshot, name) for name in snapshot.names("view")]
+    corpus = views[0].corpus.name
+    fields = [view.field for view in [*views, *others] if view.modality == "text" and view.corpus.name == corpus]
+    return fields[0] if fields else None
+
+
+def _keys(ids: list[str], members: list[dict[str, Any]]) -> list[Any]:
+    return [member["digest"] or sample_id for sample_id, member in zip(ids, members, strict=True)]
+
+
+class _FitSpace(beam.DoFn):
+    def __init__(self, storage: str, version: int) -> None:
+        self._storage, self._version = storage, version
+
+    def process(self, element: str) -> Iterator[Result]:
+        storage = Storage.from_json(self._storage)
+        yield fit(storage, builds.Build(*json.loads(element)), self._version)
+
+
+def fit(storage: Storage, build: builds.Build, version: int) -> Result:
+    """Evaluates, learns and places one space."""
+    dim, views = build.settings["dim"], tuple(build.settings["views"])
+    found, field = pairs(Catalog(storage).snapshot(version), build.settings["views"])
+    n_splits = 10 if len(found.keys) < FEW_PAIRS else 5
+    with one_thread():
+        measured = recall.evaluate(found, lambda held_in: spaces.learn(held_in, dim), views, n_splits, _indexed)
+        chosen = spaces.choose(found, dim)
+        projections = dict(zip(views, spaces.fit_cca(found.x, found.y, *chosen), strict=True))
+    about = {
+        **build.settings,
+        "build": build.key,
+        "pairs": len(found.keys),
+        "a hit is": f"the sample itself, or one with an equal {field}" if field else "the sample itself",
+        "chosen": chosen._asdict(),
+        "recall": measured,
+    }
+    rank = len(projections[views[0]].matrix[0])
+    space = spaces.Space(build.name, build.settings["method"], rank, projections, {"chosen": chosen._asdict()})
+    lineage = json.dumps({"settings": build.settings}, sort_keys=True)
+    return place_build(storage, build, {"space.safetensors": space.to_bytes(), "card.json": card_bytes(about)}, lineage)
+
+
+def _indexed(gallery: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    """Search through an index of the kind that would be served, for the recall beside that of exact search."""
+    index = indexes.build(gallery, indexes.choose_factory(*gallery.shape, recall=0.95), seed=0)
+    return indexes.search(index, queries, k)[1]
+
+
+def card_bytes(card: dict[str, Any]) -> bytes:
+    """A card as JSON; figures rounded to 6 places, no clocks."""
+    return json.dumps(_rounded(card), indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float | np.floating):
+        return round(float(value), 6)
+    if isinstance(value, dict):
+        return {str(key): _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def place_build(
+    storage: Storage, build: builds.Build, files: dict[str, bytes], lineage: str, rows: dict[str, int] | None = None
+) -> Result:
+    """Places a build's small files and returns their entries; `rows` where a file has rows to count."""
+    entries = []
+    for name, content in sorted(files.items()):
+        stem, _, ext = name.partition(".")
+        placed = artefact.place_bytes(storage, content, f"{build.stem}/{stem}", f".{ext}")
+        entries.append(build_entry(build, stem, placed, (rows or {}).get(name, 0), lineage))
+    return result(build.key, entries)
+
+
+def build_entry(build: builds.Build, shard: str, placed: artefact.Placed, rows: int, lineage: str) -> Entry:
+    """The catalog's entry of one file of a build."""
+    path, size, sha256 = placed
+    return Entry(build.kind, build.name, build.key, shard, path, rows, size, sha256, "", "", None, None, lineage)
+
+
+def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> None:
+    """Puts the align job of one space into a pipeline: learn it, then one commit."""
+    (
+        job.pipeline
+        | "Spaces" >> beam.Create([json.dumps(planned)]).with_output_types(str)
+        | "FitSpaces" >> beam.ParDo(_FitSpace(storage.to_json(), version)).with_output_types(Result)
+        | "Commit" >> Commit(storage, f"align {planned.name}", [Scope(*planned[:2], planned.key)], whole=True)
+    )

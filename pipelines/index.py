@@ -1,0 +1,118 @@
+"""Stage 5: a FAISS index over the views of a space.
+
+The settings that an approximate index is tuned by are found on samples that a trial index does not hold, asked for through
+their other view: a row of the database finds itself and says nothing about what a user will get.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+
+from featurestore import artefact, builds, indexes
+from featurestore.catalog import Catalog
+from featurestore.identity import hash64
+from featurestore.search import read_space
+from featurestore.storage import Storage
+from featurestore.views import View
+from pipelines.align import build_entry, card_bytes
+from pipelines.runner import Commit, Job, Result, Scope, result
+
+SEED = 0
+HELD_OUT = 1_000
+
+ROWS_SCHEMA = pa.schema(
+    [
+        pa.field("view", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+    ]
+)
+"""What row of which view each row of an index is."""
+
+
+def settings(corpus: str, index: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an index's build, from the spec."""
+    return {"corpus": corpus, "space": index["space"], "views": index["views"], "recall": index["recall"]}
+
+
+class _BuildIndex(beam.DoFn):
+    def __init__(self, storage: str, version: int) -> None:
+        self._storage, self._version = storage, version
+
+    def process(self, element: str) -> Iterator[Result]:
+        yield make(Storage.from_json(self._storage), builds.Build(*json.loads(element)), self._version)
+
+
+def make(storage: Storage, build: builds.Build, version: int) -> Result:
+    """Builds, tunes and places one index: rows in the order of its views, then of the corpus."""
+    snapshot = Catalog(storage).snapshot(version)
+    space = read_space(snapshot, build.settings["space"])
+    tables, parts = [], []
+    for name in build.settings["views"]:
+        view = View(snapshot, name)
+        matrix, present = view.matrix()
+        tables.append(_rows(view).filter(pa.array(present)))
+        parts.append(space.projections[name].apply(matrix[present]))
+    rows, vectors = pa.concat_tables(tables), np.concatenate(parts)
+    factory = indexes.choose_factory(len(vectors), space.dim, build.settings["recall"])
+    index = indexes.build(vectors, factory, SEED)
+    tuned = _tune(rows, vectors, factory, build.settings["recall"])
+    if tuned is not None:
+        indexes.configure(index, tuned)
+    card = {
+        "name": build.name,
+        "build": build.key,
+        **build.settings,
+        "factory": factory,
+        "rows": len(vectors),
+        "dim": space.dim,
+        "tuned": tuned._asdict() if tuned else "exact search: nothing to tune, recall against exact search is 1",
+    }
+    lineage = json.dumps({"settings": build.settings}, sort_keys=True)
+    footer = {"kind": build.kind, "name": build.name, "recipe": build.key, "rows": len(rows)}
+    placed = {
+        "index": artefact.place_bytes(storage, indexes.serialise(index), f"{build.stem}/index", ".faiss"),
+        "rows": artefact.place_table(storage, rows, f"{build.stem}/rows", footer),
+        "card": artefact.place_bytes(storage, card_bytes(card), f"{build.stem}/card", ".json"),
+    }
+    count = {"index": len(rows), "rows": len(rows), "card": 0}
+    return result(build.key, [build_entry(build, name, each, count[name], lineage) for name, each in placed.items()])
+
+
+def _rows(view: View) -> pa.Table:
+    shards, numbers, ids = [], [], []
+    for shard in view.corpus.shards:
+        own = view.corpus.ids(shard.shard)
+        ids += own
+        shards += [shard.shard] * len(own)
+        numbers += range(len(own))
+    return pa.table([[view.name] * len(ids), shards, numbers, ids], schema=ROWS_SCHEMA)
+
+
+def _tune(rows: pa.Table, vectors: np.ndarray, factory: str, recall: float) -> indexes.Tuned | None:
+    """The setting that reaches the recall on samples that a trial index does not hold; None for exact search."""
+    if factory == "Flat":
+        return None
+    ids = np.array([hash64(sample_id) for sample_id in rows["id"].to_pylist()], np.uint64)
+    share = min(0.1, HELD_OUT / len(ids))
+    held = ids < np.uint64(int(share * 2**63) * 2)
+    trial = indexes.build(vectors[~held], factory, SEED)
+    queries = vectors[held]
+    exact = indexes.build(vectors[~held], "Flat", SEED)
+    _, truth = indexes.search(exact, queries, 10)
+    return indexes.tune(trial, queries, truth, recall)
+
+
+def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> None:
+    """Puts the job of one index into a pipeline: build it, then one commit."""
+    (
+        job.pipeline
+        | "Indexes" >> beam.Create([json.dumps(planned)]).with_output_types(str)
+        | "BuildIndexes" >> beam.ParDo(_BuildIndex(storage.to_json(), version)).with_output_types(Result)
+        | "Commit" >> Commit(storage, f"index {planned.name}", [Scope(*planned[:2], planned.key)], whole=True)
+    )
