@@ -1,6 +1,6 @@
 """A planted corpus: images, tones and captions drawn from a known latent, so that the right answer is known.
 
-Each group has a class (shape, hue, timbre) and a latent (shade, size) in [0, 1]^2, which the tone's loudness and
+Each group has a class (shape, hue, timbre) and a latent (space, size) in [0, 1]^2, which the tone's loudness and
 height follow too; its samples are near-duplicates of each other. `truth.json` beside the manifest holds all of it.
 Same arguments, same bytes and same file times, on any day.
 """
@@ -31,7 +31,7 @@ FILE_TIME_S = 1_700_000_000  # what every file's time of change is set to
 CLASSES = {"circle": 0.0, "square": 0.14, "triangle": 0.33, "cross": 0.6, "ring": 0.8}  # hue of each shape
 COLOURS = dict(zip(CLASSES, ("red", "yellow", "green", "blue", "purple"), strict=True))
 SIZES = ("tiny", "small", "middling", "large", "huge")
-SHADES = ("black", "dark", "plain", "bright", "glowing")
+PAPERS = ("hatched", "lined", "striped", "barred", "open")  # by the space between its lines
 
 ODD_IDS = (
     "odd/clip_00.37",
@@ -154,13 +154,12 @@ class _Planter:
         picture = "jpg" if index % 4 == 1 else "png"
         image = _image(label, latent, ("RGB", "RGB", "RGBA", "P")[index % 4], picture, self.rng)
         sound = "ogg" if index % 2 else "wav"
+        tone = _tone(label, latent, sound)
         note = f"Planted as number {index}: ü, я, 字.\n"
         return {
             "image_path": None if index % 32 == 22 else self._put(f"images/{index:04d}.{picture}", image),
             "caption": None if index % 16 == 8 else _caption(label, latent, day),
-            "sound_path": None
-            if index % 4 == 3
-            else self._put(f"sounds/{index:04d}.{sound}", _tone(label, latent, sound)),
+            "sound_path": None if index % 4 == 3 else self._put(f"sounds/{index:04d}.{sound}", tone),
             "note_path": self._put(f"notes/{index:04d}.txt", note.encode()) if index % 8 == 2 else None,
         }
 
@@ -182,16 +181,19 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _caption(label: str, latent: NDArray[np.float64], day: int) -> str:
-    shade, size = (min(int(z * 5), 4) for z in latent)
-    return f"A {SIZES[size]} {SHADES[shade]} {COLOURS[label]} {label} on day {day}."
+    space, size = (min(int(z * 5), 4) for z in latent)
+    return f"A {SIZES[size]} {COLOURS[label]} {label} on {PAPERS[space]} paper, day {day}."
 
 
 def _image(label: str, latent: NDArray[np.float64], mode: str, format: str, rng: np.random.Generator) -> bytes:
-    shade, size = (float(z) for z in latent)
-    fill = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(CLASSES[label], 0.9, 0.3 + 0.7 * shade))
-    paper = tuple(int(part) for part in rng.integers(235, 256, 3))
+    space, size = (float(z) for z in latent)
+    fill = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(CLASSES[label], 0.9, 0.8))
+    paper = tuple(int(part) for part in rng.integers(240, 256, 3))
     image = Image.new("RGBA", (SIDE, SIDE), (*paper, 0 if mode == "RGBA" else 255))
-    _draw(ImageDraw.Draw(image), label, 8 + 20 * size, fill)
+    pen = ImageDraw.Draw(image)
+    for at in np.arange(0, SIDE, 3 * 6**space):
+        pen.rectangle((at, 0, at + 1, SIDE), (128, 128, 128))
+    _draw(pen, label, 8 + 20 * size, fill)
     out = io.BytesIO()
     image.convert(mode).save(out, {"jpg": "JPEG", "png": "PNG"}[format])
     return out.getvalue()
@@ -214,15 +216,14 @@ def _draw(pen: ImageDraw.ImageDraw, label: str, radius: float, fill: tuple[int, 
 
 
 def _tone(label: str, latent: NDArray[np.float64], format: str) -> bytes:
-    """0.3 s; falls two octaves as the size grows, is louder as the shade is lighter; overtones tell the class."""
-    shade, size = latent
+    """0.3 s; falls two octaves as the size grows, is louder with more space; overtones tell the class."""
+    space, size = latent
     phase = 2 * np.pi * 880 * 4**-size * np.arange(round(0.3 * SAMPLE_RATE)) / SAMPLE_RATE
     overtone = 1 + list(CLASSES).index(label)
-    samples = (0.1 + 0.3 * shade) * (np.sin(phase) + np.sin(overtone * phase) / 2)
+    samples = (0.1 + 0.3 * space) * (np.sin(phase) + np.sin(overtone * phase) / 2)
     out = io.BytesIO()
-    soundfile.write(
-        out, samples, SAMPLE_RATE, format=format.upper(), subtype={"ogg": "VORBIS", "wav": "PCM_16"}[format]
-    )
+    subtype = "VORBIS" if format == "ogg" else "PCM_16"
+    soundfile.write(out, samples, SAMPLE_RATE, format=format.upper(), subtype=subtype)
     return _fixed_serial(out.getvalue()) if format == "ogg" else out.getvalue()
 
 
@@ -232,13 +233,8 @@ def _fixed_serial(ogg: bytes) -> bytes:
     while start < len(ogg):
         segments = ogg[start + 27 : start + 27 + ogg[start + 26]]
         end = start + 27 + len(segments) + sum(segments)
-        page = (
-            ogg[start : start + 14]
-            + struct.pack("<I", 1)
-            + ogg[start + 18 : start + 22]
-            + bytes(4)
-            + ogg[start + 26 : end]
-        )
+        page = ogg[start:end]
+        page = page[:14] + struct.pack("<I", 1) + page[18:22] + bytes(4) + page[26:]
         pages += page[:22] + struct.pack("<I", _ogg_crc(page)) + page[26:]
         start = end
     return bytes(pages)
