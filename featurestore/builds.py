@@ -38,6 +38,18 @@ def plan(snapshot: Snapshot, kind: str, name: str, settings: dict[str, Any]) -> 
     return Build(kind, name, settings, digest_of(VERSION, kind, settings, _inputs(snapshot, kind, settings)))
 
 
+def files(snapshot: Snapshot, kind: str, name: str) -> dict[str, Entry]:
+    """The files of a build: place in the build (`index`, `card` …) -> entry. NotFound lists the names there are."""
+    if kind not in BUILDS:
+        raise NotFound(f"no builds of kind {kind!r}; allowed: {', '.join(BUILDS)}")
+    entries = {entry.shard: entry for entry in snapshot.entries(kind, name)}
+    if not entries:
+        raise NotFound(
+            f"no {kind} {name!r} in {snapshot.storage.uri}; it has: {', '.join(snapshot.names(kind)) or 'none'}"
+        )
+    return entries
+
+
 def stale(snapshot: Snapshot) -> list[tuple[Entry, str]]:
     """Builds of the catalog whose inputs have changed since: (one entry of the build, why)."""
     found = []

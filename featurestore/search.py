@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from featurestore import artefact, builds, encoders, indexes
 from featurestore.catalog import Snapshot
-from featurestore.errors import InputError, MissingExtra, NotFound, StoreError
+from featurestore.errors import InputError, MissingExtra, StoreError
 from featurestore.spaces import Space
 from featurestore.views import View
 
@@ -116,16 +116,13 @@ class Index:
     def __init__(self, snapshot: Snapshot, name: str) -> None:
         self.name = name
         self.storage = snapshot.storage
-        entries = {entry.shard: entry for entry in snapshot.entries(builds.INDEX, name)}
-        if not entries:
-            there = ", ".join(snapshot.names(builds.INDEX)) or "none"
-            raise NotFound(f"no index {name!r} in {self.storage.uri}; it has: {there}")
+        entries = builds.files(snapshot, builds.INDEX, name)
         settings = entries["index"].info()["settings"]
         # A stale index would name rows that are no longer those of its views: it does not answer.
         now = builds.plan(snapshot, builds.INDEX, name, settings)
         if now.key != entries["index"].recipe:
             raise StoreError(f"index {name!r} is older than its views or its space; `braid run` builds it again")
-        self.card: dict[str, Any] = json.loads(_content(self.storage, entries["card"]))
+        self.card = read_card(snapshot, builds.INDEX, name)
         self.space = read_space(snapshot, settings["space"])
         self.views = {view: View(snapshot, view) for view in settings["views"]}
         self._table = artefact.read_table(_content(self.storage, entries["rows"]))
@@ -279,11 +276,13 @@ class Query:
 
 def read_space(snapshot: Snapshot, name: str) -> Space:
     """A space of the store."""
-    entries = {entry.shard: entry for entry in snapshot.entries(builds.SPACE, name)}
-    if not entries:
-        there = ", ".join(snapshot.names(builds.SPACE)) or "none"
-        raise NotFound(f"no space {name!r} in {snapshot.storage.uri}; it has: {there}")
-    return Space.from_bytes(_content(snapshot.storage, entries["space"]))
+    return Space.from_bytes(_content(snapshot.storage, builds.files(snapshot, builds.SPACE, name)["space"]))
+
+
+def read_card(snapshot: Snapshot, kind: str, name: str) -> dict[str, Any]:
+    """The card of a build."""
+    card: dict[str, Any] = json.loads(_content(snapshot.storage, builds.files(snapshot, kind, name)["card"]))
+    return card
 
 
 def _content(storage: Any, entry: Any) -> bytes:

@@ -10,7 +10,7 @@ from featurestore import builds
 from featurestore.catalog import Catalog, Snapshot
 from featurestore.corpora import ROWS, Corpus
 from featurestore.errors import InputError
-from featurestore.search import Hits, Index, Query, read_space
+from featurestore.search import Hits, Index, Query, read_card, read_space
 from featurestore.spaces import Space
 from featurestore.storage import Storage
 from featurestore.views import VIEW, View
@@ -93,6 +93,10 @@ class FeatureStore:
         if name not in self._indexes:
             self._indexes[name] = Index(self.snapshot, name)
         return self._indexes[name]
+
+    def card(self, kind: str, name: str) -> dict[str, Any]:
+        """What was chosen and measured when a `space`, `index` or `training` set was made."""
+        return read_card(self.snapshot, kind, name)
 
     def training_set(self, name: str) -> "TrainingSet":
         """A training set: rows by split, the loader for torch, its card."""

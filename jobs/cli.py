@@ -115,11 +115,18 @@ def plan(spec: SpecPath) -> None:
 
 
 @app.command()
-def run(spec: SpecPath, beam: BeamArgs = None) -> None:
+def run(
+    spec: SpecPath,
+    metrics: Annotated[Path | None, typer.Option(help="Write what each step took to this file, as JSON.")] = None,
+    beam: BeamArgs = None,
+) -> None:
     """Run every stage that is stale: shard, encode, align, index, fuse."""
     from jobs.plan import STAGES
 
-    _run(spec, STAGES, None, beam)
+    done = _run(spec, STAGES, None, beam)
+    if metrics is not None:
+        metrics.parent.mkdir(parents=True, exist_ok=True)
+        metrics.write_text(json.dumps([step._asdict() for step in done], indent=1))
 
 
 @app.command()

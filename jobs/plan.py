@@ -43,7 +43,7 @@ def open_catalog(storage: Storage) -> Snapshot:
 
 def corpus_dict(spec: Spec) -> dict[str, Any]:
     """The corpus part of a spec, as it travels to workers."""
-    corpus: dict[str, Any] = spec.corpus.model_dump(mode="json")
+    corpus: dict[str, Any] = spec.corpus.model_dump(mode="json", by_alias=True)
     return corpus
 
 

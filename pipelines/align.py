@@ -78,25 +78,26 @@ class _FitSpace(beam.DoFn):
 
 def fit(storage: Storage, build: builds.Build, version: int) -> Result:
     """Evaluates, learns and places one space."""
-    dim, views = build.settings["dim"], tuple(build.settings["views"])
+    views, method, dim = tuple(build.settings["views"]), build.settings["method"], build.settings["dim"]
     found, field = pairs(Catalog(storage).snapshot(version), build.settings["views"])
+
+    def learn(held_in: recall.Pairs) -> tuple[recall.Projects, recall.Projects]:
+        learned = spaces.learn(build.name, held_in, views, method, dim)
+        return learned.projections[views[0]], learned.projections[views[1]]
+
     n_splits = 10 if len(found.keys) < FEW_PAIRS else 5
     with one_thread():
-        measured = recall.evaluate(found, lambda held_in: spaces.learn(held_in, dim), views, n_splits, _indexed)
-        chosen = spaces.choose(found, dim)
-        projections = dict(zip(views, spaces.fit_cca(found.x, found.y, *chosen), strict=True))
-    about = {
+        measured = recall.evaluate(found, learn, views, n_splits, _indexed)
+        space = spaces.learn(build.name, found, views, method, dim)
+    card = {
         **build.settings,
         "build": build.key,
-        "pairs": len(found.keys),
         "a hit is": f"the sample itself, or one with an equal {field}" if field else "the sample itself",
-        "chosen": chosen._asdict(),
+        "chosen": dict(space.card),
         "recall": measured,
     }
-    rank = len(projections[views[0]].matrix[0])
-    space = spaces.Space(build.name, build.settings["method"], rank, projections, {"chosen": chosen._asdict()})
     lineage = json.dumps({"settings": build.settings}, sort_keys=True)
-    return place_build(storage, build, {"space.safetensors": space.to_bytes(), "card.json": card_bytes(about)}, lineage)
+    return place_build(storage, build, {"space.safetensors": space.to_bytes(), "card.json": card_bytes(card)}, lineage)
 
 
 def _indexed(gallery: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
