@@ -28,6 +28,7 @@ FILES: dict[str, bytes] = {
     "animals/only.svg": b"<svg/>",
     "birds/duck.png": b"duck",
     "birds/duck.txt": b"A duck.\n",
+    "birds/duck.wav": b"no effect: those are .ogg",
     "birds/duck_desc.ogg.ogg": b"duck, said",
 }
 
@@ -231,6 +232,7 @@ def test_empty_package_lists_are_filled_in_a_folder_of_our_own(debian: Path, tmp
     for call in (update, download):
         assert f"Dir::State::lists={tmp_path}/out/.apt/lists" in call
         assert f"Dir::Cache={tmp_path}/out/.apt/cache" in call
+        assert "APT::Sandbox::User=root" in call
 
 
 def test_another_package_is_refused_and_leaves_nothing(
