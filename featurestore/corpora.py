@@ -1,8 +1,8 @@
 """Reading a corpus: its shards' rows, and the raw values in their tars.
 
-A corpus shard is two files: a WebDataset tar of raw fields, and a Parquet table with one row per sample in the order of the
-ids. Per field the table has a struct `present, offset, size, digest, ext, miss_reason, source`: offset and size locate the
-value in the tar, so that one value is read without reading the tar.
+A corpus shard is two files: a WebDataset tar of raw fields, and a Parquet table with one row per sample in the order of
+the ids. Per field the table has a struct `present, offset, size, digest, ext, miss_reason, source`: offset and size
+locate the value in the tar, so that one value is read without reading the tar.
 """
 
 import tarfile
@@ -50,6 +50,13 @@ REJECTED = pa.schema(
 def member_name(sample_id: str, field: str, ext: str) -> str:
     """The name of a value in its shard's tar."""
     return f"{tar_key(sample_id)}.{field}.{ext}"
+
+
+def member_header(sample_id: str, field: str, ext: str, size: int) -> bytes:
+    """The bytes that stand before a value in its shard's tar: they bind it to its sample and field."""
+    info = tarfile.TarInfo(member_name(sample_id, field, ext))
+    info.size = size
+    return info.tobuf(tarfile.PAX_FORMAT)
 
 
 class Corpus:
@@ -114,12 +121,22 @@ class Corpus:
     def locate(self, sample_id: str) -> tuple[str, int]:
         """The (shard, row) of a sample; NotFound where the corpus has no such id."""
         if self._places is None:
-            self._places = {
-                found: (entry.shard, row) for entry in self.shards for row, found in enumerate(self.ids(entry.shard))
-            }
+            self._places = self._locate_all()
         if sample_id not in self._places:
             raise NotFound(f"corpus {self.name!r} has no sample {sample_id!r} in version {self.version}")
         return self._places[sample_id]
+
+    def _locate_all(self) -> dict[str, tuple[str, int]]:
+        places: dict[str, tuple[str, int]] = {}
+        for entry in self.shards:
+            for row, found in enumerate(self.ids(entry.shard)):
+                shard, first = places.setdefault(found, (entry.shard, row))
+                if (shard, first) != (entry.shard, row):
+                    raise AlignmentError(
+                        f"corpus {self.name!r}: id {found!r} stands in shard {shard}, row {first}, and in shard "
+                        f"{entry.shard}, row {row}; run `braid verify`"
+                    )
+        return places
 
     def to_arrow(self) -> pa.Table:
         """All rows in order, with `shard` and `row` columns in front."""
@@ -132,7 +149,7 @@ class Corpus:
         """A raw value, or None where it is missing.
 
         Raises:
-            AlignmentError: the bytes in the tar are not the ones that the rows name.
+            AlignmentError: the bytes in the tar are not the ones that the rows name, or stand there under another id.
         """
         rows = self.read(key)
         if field not in rows.column_names:
@@ -140,12 +157,18 @@ class Corpus:
         member = rows[field][row].as_py()
         if not member["present"]:
             return None
-        raw = self.storage.read(self.media(key).path, member["offset"], member["size"])
-        if input_digest(raw) != member["digest"]:
-            sample_id = rows["id"][row].as_py()
+        sample_id = rows["id"][row].as_py()
+        header = member_header(sample_id, field, member["ext"], member["size"])
+        tar, start = self.media(key).path, max(0, member["offset"] - len(header))
+        try:
+            stored = self.storage.read(tar, start, len(header) + member["size"])
+        except NotFound:
+            raise AlignmentError(f"{tar}: the catalog names this tar, and it is gone; run `braid verify`") from None
+        raw = stored[len(header) :]
+        if not stored.startswith(header) or input_digest(raw) != member["digest"]:
             raise AlignmentError(
-                f"{self.media(key).path}: the {field} of {sample_id!r} (shard {key}, row {row}) is not the value that was "
-                "stored; run `braid verify`"
+                f"{tar}: the {field} of {sample_id!r} (shard {key}, row {row}) is not the value that was stored; "
+                "run `braid verify`"
             )
         return raw
 
@@ -171,7 +194,7 @@ def read_rows(storage: Storage, entry: Entry) -> pa.Table:
 
 
 def tar_members(content: Any) -> Iterator[tuple[str, int, int]]:
-    """(name, data offset, size) of each regular file of an open tar; AlignmentError where anything else stands in it."""
+    """(name, data offset, size) of each regular file of an open tar; AlignmentError where it holds anything else."""
     try:
         with tarfile.open(fileobj=content, mode="r:") as tar:
             for info in tar:

@@ -1,7 +1,8 @@
 """Feature views: the vectors of one (field, encoder), row for row beside their corpus.
 
-A view shard is a Parquet file with the columns `present, embedding, input_digest, row_digest, miss_reason`, in the order of
-its corpus shard's rows, and a footer that says what it was made from. Readers check both before they hand out a row.
+A view shard is a Parquet file with the columns `present, embedding, input_digest, row_digest, miss_reason`, in the
+order of its corpus shard's rows, and a footer that says what it was made from. Readers prove the footer and every row
+before they hand out a row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from featurestore import artefact, vectors
 from featurestore.catalog import Entry, Snapshot
 from featurestore.corpora import Corpus
 from featurestore.errors import AlignmentError, InputError, NotFound
-from featurestore.identity import DIGEST_BYTES, digest_of
+from featurestore.identity import DIGEST_BYTES, digest_of, row_digest
 
 VIEW = "view"
 COLUMNS = ("id", "present", "embedding", "input_digest", "row_digest", "miss_reason")
@@ -38,22 +41,62 @@ def schema(dim: int) -> pa.Schema:
     )
 
 
-def check(content: bytes, entry: Entry, corpus_shard: Entry) -> None:
-    """Raises AlignmentError unless a view shard's footer and entry belong to the corpus shard beside it."""
-    footer = artefact.read_footer(content)
+def unmet(stored: pa.Schema, rows: int, entry: Entry, corpus_shard: Entry) -> list[str]:
+    """In words, what a view shard's file and entry claim that its corpus shard does not bear out.
+
+    Args:
+        stored: the file's schema with its footer.
+        rows: the number of rows in the file.
+        entry: the catalog's entry of the file.
+        corpus_shard: the catalog's entry of the rows that it should stand beside.
+    """
+    footer = artefact.footer_of(stored)
     claims = {
+        "kind": (footer.get("kind"), VIEW),
         "shard": (footer.get("shard"), entry.shard, corpus_shard.shard),
         "recipe": (footer.get("recipe"), entry.recipe),
-        "rows": (footer.get("rows"), entry.rows, corpus_shard.rows, artefact.rows(content)),
+        "rows": (footer.get("rows"), entry.rows, corpus_shard.rows, rows),
         "ids_sha256": (footer.get("ids_sha256"), entry.ids_sha256, corpus_shard.ids_sha256),
         "input_sha256": (footer.get("input_sha256"), entry.input_sha256, corpus_shard.sha256),
     }
-    for name, values in claims.items():
-        if len(set(values)) > 1:
-            raise AlignmentError(
-                f"{entry.path}: {name} does not hold: {' / '.join(str(value)[:16] for value in values)} (footer / "
-                f"catalog / corpus); shard {entry.shard} of view {entry.name!r} is not aligned: run `braid verify`"
-            )
+    broken = [
+        f"{name} does not hold: {' / '.join(str(value)[:16] for value in values)} (footer / catalog / corpus / file)"
+        for name, values in claims.items()
+        if len(set(values)) > 1
+    ]
+    expected = schema(int(entry.info()["encoder"]["dim"]))
+    if not stored.equals(expected):
+        differ = [each.name for each in expected if each.name not in stored.names or stored.field(each.name) != each]
+        broken.append(f"its columns are not a view's: {', '.join(differ) or 'others stand beside them'}")
+    return broken
+
+
+def misaligned(table: pa.Table, ids: Sequence[str], field: pa.ChunkedArray) -> Iterator[tuple[int, str]]:
+    """(row, what does not hold) of every row of a view shard that is not that of its sample, in order.
+
+    Args:
+        table: the view shard as it lies on disk.
+        ids: the ids of its corpus shard, in order; as many as the table has rows.
+        field: the corpus's column of the view's field.
+    """
+    matrix = vectors.matrix(table["embedding"])
+    finite, nan = np.isfinite(matrix).all(axis=1).tolist(), np.isnan(matrix).all(axis=1).tolist()
+    stored = (table[name].to_pylist() for name in ("present", "miss_reason", "input_digest", "row_digest"))
+    member = (pc.struct_field(field, name).to_pylist() for name in ("present", "miss_reason", "digest"))
+    columns = zip(range(len(table)), ids, matrix, finite, nan, *stored, *member, strict=True)
+    for row, sample_id, vector, whole, empty, present, reason, value, bound, given, absent, digest in columns:
+        if value != digest:
+            yield row, f"input_digest {_hex(value)} is not that of the corpus ({_hex(digest)}): made from another value"
+        elif bound != row_digest(sample_id, value, vector.tobytes()):
+            yield row, "row_digest does not bind this vector to this sample: it was moved or changed after it was made"
+        elif present != whole or present == empty:
+            yield row, f"present = {present} beside a vector that is {'whole' if whole else 'NaN, at least in part'}"
+        elif present == (reason is not None) or (present and not given) or (not given and reason != absent):
+            yield row, f"present = {present} with miss_reason {reason!r}; the corpus has {given} and {absent!r}"
+
+
+def _hex(digest: bytes | None) -> str:
+    return digest.hex() if digest is not None else "none"
 
 
 class View:
@@ -74,15 +117,18 @@ class View:
         self.encoder: dict[str, Any] = info["encoder"]
         self.corpus = Corpus(snapshot, info["corpus"])
         self._entries = {entry.shard: entry for entry in entries}
+        self._proven: set[str] = set()
         stale = [shard.shard for shard in self.corpus.shards if shard.shard not in self._entries]
         if stale or len(self._entries) != len(self.corpus.shards) or {e.recipe for e in entries} != {self.recipe}:
             raise AlignmentError(
                 f"view {name!r} has {len(entries)} shards where corpus {self.corpus.name!r} has "
-                f"{len(self.corpus.shards)}{f' (missing: {stale[0]} …)' if stale else ''}; `braid run` encodes what is missing"
+                f"{len(self.corpus.shards)}{f' (missing: {stale[0]} …)' if stale else ''}; "
+                "`braid run` encodes what is missing"
             )
 
     def __repr__(self) -> str:
-        return f"View({self.name!r}, {self.rows} rows × {self.dim}, {self.encoder['key']} of {self.corpus.name}.{self.field})"
+        made = f"{self.encoder['key']} of {self.corpus.name}.{self.field}"
+        return f"View({self.name!r}, {self.rows} rows × {self.dim}, {made})"
 
     @property
     def dim(self) -> int:
@@ -113,11 +159,32 @@ class View:
         return [entry.path for entry in self.entries()]
 
     def read(self, shard: str) -> pa.Table:
-        """One shard as it lies on disk (missing vectors are NaN), checked: bytes, footer, rows, recipe and ids."""
+        """One shard as it lies on disk (missing vectors are NaN), proven: its bytes, its footer, every row's digests.
+
+        The rows are proven once: after that, bytes of the same sha256 need no second proof.
+
+        Raises:
+            AlignmentError: any of it does not hold.
+        """
+        if shard not in self._entries:
+            raise NotFound(f"view {self.name!r} has no shard {shard!r} in version {self.version}")
         entry = self._entries[shard]
         content = artefact.read_checked(self.storage, entry.path, entry.sha256)
-        check(content, entry, self.corpus.shard(shard))
-        return artefact.read_table(content).replace_schema_metadata(None)
+        stored = pq.read_schema(pa.BufferReader(content))
+        for problem in unmet(stored, artefact.rows(content), entry, self.corpus.shard(shard)):
+            raise AlignmentError(
+                f"{entry.path}: {problem}; shard {shard} of view {self.name!r} is not aligned: run `braid verify`"
+            )
+        table = artefact.read_table(content).replace_schema_metadata(None)
+        if shard not in self._proven:
+            rows = self.corpus.read(shard)
+            for row, problem in misaligned(table, self.corpus.ids(shard), rows[self.field]):
+                raise AlignmentError(
+                    f"{entry.path}: {problem}; shard {shard}, row {row}, id {rows['id'][row].as_py()!r} of view "
+                    f"{self.name!r}: run `braid verify`"
+                )
+            self._proven.add(shard)
+        return table
 
     def to_arrow(self, columns: Sequence[str] = COLUMNS) -> pa.Table:
         """All rows in the order of the corpus."""
