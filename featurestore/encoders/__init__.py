@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from featurestore.errors import InputError, MissingExtra
 
-__all__ = ["BaseEncoder", "EncoderOptions", "find", "keys", "package_file"]
+__all__ = ["BaseEncoder", "EncoderOptions", "find", "fingerprint_of", "keys", "package_file"]
 
 # Modules of this package that encoders share: no encoders themselves.
 _SHARED = frozenset({"mel", "runtime"})
@@ -138,8 +138,13 @@ class BaseEncoder(ABC):
         Returns:
             64 hex digits.
         """
-        text = json.dumps(self.card(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return fingerprint_of(self.card())
+
+
+def fingerprint_of(card: Mapping[str, Any]) -> str:
+    """Return the fingerprint, 64 hex digits, that an encoder of this card has."""
+    text = json.dumps(card, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def keys() -> list[str]:

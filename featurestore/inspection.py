@@ -1,0 +1,355 @@
+"""What must hold for the files of one shard, as functions that find and never raise: what `verify` is made of.
+
+A unit of inspection is the files that must agree with each other: a corpus shard's rows, tar and quarantine, or a view's
+shard with the rows that it stands beside. One unit is in memory at a time, and units know nothing of each other.
+"""
+
+import hashlib
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore import artefact, views
+from featurestore.catalog import Entry
+from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, REJECTED, ROWS, member_name, read_rows
+from featurestore.errors import BraidError, NotFound
+from featurestore.identity import from_tar_key, ids_sha256, input_digest
+from featurestore.storage import Storage
+
+LEVELS = ("footers", "rows", "bytes")
+MOST_NAMED = 20
+"""Rows of one file that are named one by one; of the others the number is told."""
+
+_READ_BYTES = 1 << 20
+
+_RUN = "delete {path}, and `braid run` makes it again"
+_MENDS = {
+    ROWS: "put the file back from a copy, or shard the corpus into a new store",
+    MEDIA: "put the file back from a copy, or shard the corpus into a new store",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that does not hold: in which artefact, at which row where that can be known, and the mend."""
+
+    kind: str
+    name: str
+    shard: str
+    path: str
+    problem: str
+    mend: str
+    row: int | None = None
+    id: str | None = None
+
+    def __str__(self) -> str:
+        where = [f"{self.kind} {self.name}"] + ([f"shard {self.shard}"] if self.shard else [])
+        where += [f"row {self.row}"] if self.row is not None else []
+        where += [f"id {self.id!r}"] if self.id is not None else []
+        return f"{', '.join(where)}: {self.problem} ({self.path}); mend: {self.mend}"
+
+
+class Inspection:
+    """Reads the files of one unit and collects what does not hold."""
+
+    def __init__(self, storage: Storage, level: str) -> None:
+        self.storage = storage
+        self.depth = LEVELS.index(level)
+        self.findings: list[Finding] = []
+        self.files = self.rows = self.file_bytes = 0
+        self._named: Counter[str] = Counter()
+
+    def reads(self, level: str) -> bool:
+        """Whether the inspection goes as deep as `level`."""
+        return self.depth >= LEVELS.index(level)
+
+    def say(
+        self, entry: Entry, problem: str, row: int | None = None, sample_id: str | None = None, mend: str = ""
+    ) -> None:
+        """Adds a finding; past `MOST_NAMED` rows of a file only their number."""
+        mend = mend or _MENDS.get(entry.kind, _RUN).format(path=entry.path)
+        self._named[entry.path] += row is not None
+        more = self._named[entry.path] - MOST_NAMED
+        if row is not None and more > 0:
+            if more > 1:
+                self.findings.remove(self._rest(entry, more - 1, mend))
+            self.findings.append(self._rest(entry, more, mend))
+            return
+        self.findings.append(Finding(entry.kind, entry.name, entry.shard, entry.path, problem, mend, row, sample_id))
+
+    def _rest(self, entry: Entry, more: int, mend: str) -> Finding:
+        return Finding(entry.kind, entry.name, entry.shard, entry.path, f"… and {more} more of its rows", mend)
+
+    @contextmanager
+    def guard(self, entry: Entry) -> Iterator[None]:
+        """Makes a finding of whatever reading a broken file raises."""
+        try:
+            yield
+        except BraidError as error:
+            self.say(entry, f"cannot be proven: {error}")
+        except Exception as error:
+            # Bytes that are anything at all: Arrow, tarfile, JSON and NumPy raise classes of their own.
+            self.say(entry, f"cannot be read: {type(error).__name__}: {error}")
+
+    def sized(self, entry: Entry) -> bool:
+        """Whether the file is there; says so where it is not, or has another size."""
+        self.files += 1
+        self.file_bytes += entry.bytes
+        try:
+            size = self.storage.size(entry.path)
+        except NotFound:
+            self.say(entry, "the catalog names this file, and it is gone")
+            return False
+        if size != entry.bytes:
+            self.say(entry, f"{size} bytes where the catalog says {entry.bytes}")
+        return True
+
+    def content(self, entry: Entry) -> bytes:
+        """A file's bytes; at the deepest level their sha256 is compared."""
+        content = self.storage.read(entry.path)
+        self.compare_sha256(entry, hashlib.sha256(content).hexdigest() if self.reads("bytes") else entry.sha256)
+        return content
+
+    def compare_sha256(self, entry: Entry, found: str) -> None:
+        """Says where a file's sha256 is not the catalog's."""
+        if found != entry.sha256:
+            self.say(entry, f"sha256 {found[:16]}… where the catalog says {entry.sha256[:16]}…: its bytes were changed")
+
+    def whole(self, entry: Entry) -> None:
+        """Proves of a file of any kind that it is there, and whole."""
+        with self.guard(entry):
+            if self.sized(entry) and self.reads("bytes"):
+                with self.storage.open(entry.path) as file:
+                    self.compare_sha256(entry, _Hashing(file).rest())
+
+    def parquet(self, entry: Entry) -> tuple[pa.Schema, int, pa.Table | None]:
+        """A Parquet file's schema with its footer, its number of rows and, from level `rows` on, its table."""
+        if not self.reads("rows"):
+            with self.storage.open(entry.path) as file:
+                opened = pq.ParquetFile(file)
+                return opened.schema_arrow, opened.metadata.num_rows, None
+        content = self.content(entry)
+        try:
+            table = artefact.read_table(content)
+        except (pa.ArrowException, OSError) as error:
+            self.say(entry, f"its pages are damaged: {str(error).splitlines()[0]}")
+            # Once more without the checksums: the rows' own digests then tell which row it is.
+            table = pq.read_table(pa.BufferReader(content))
+        self.rows += len(table)
+        return table.schema, len(table), table
+
+    def claims(self, entry: Entry, footer: dict[str, Any], claims: dict[str, Sequence[Any]]) -> None:
+        """Says which footer's claims the catalog (and the file) do not bear out."""
+        for name, others in claims.items():
+            values = [footer.get(name), *others]
+            if any(value != values[0] for value in values):
+                shown = " / ".join(str(value)[:48] for value in values)
+                self.say(entry, f"{name} does not hold: {shown} (footer / catalog, file)")
+
+
+def corpus_shard(look: Inspection, rows: Entry, media: Entry | None, quarantine: Entry | None) -> list[str]:
+    """Inspects a corpus shard's rows, tar and quarantine, and returns its ids (none where rows are not read)."""
+    table = None
+    with look.guard(rows):
+        if look.sized(rows):
+            table = _corpus_rows(look, rows, media, quarantine)
+    if media is not None:
+        with look.guard(media):
+            if look.sized(media) and table is not None:
+                _tar(look, media, table, list(rows.info()["fields"]))
+            elif look.reads("bytes"):
+                with look.storage.open(media.path) as file:
+                    look.compare_sha256(media, _Hashing(file).rest())
+    rejected: set[tuple[str, str, str]] | None = None
+    with look.guard(rows):
+        rejected = None if table is None else _rejected(table, list(rows.info()["fields"]))
+    _quarantine(look, rows, quarantine, rejected)
+    return [] if table is None else [str(each) for each in table["id"].to_pylist()]
+
+
+def view_shard(look: Inspection, view: Entry, rows: Entry, quarantine: Entry | None) -> None:
+    """Inspects a view's shard against the rows that it stands beside, and its quarantine."""
+    rejected = None
+    with look.guard(view):
+        if look.sized(view):
+            stored, count, table = look.parquet(view)
+            for problem in views.unmet(stored, count, view, rows):
+                look.say(view, problem)
+            if table is not None:
+                rejected = _view_rows(look, view, table, read_rows(look.storage, rows))
+    _quarantine(look, view, quarantine, rejected)
+
+
+def _corpus_rows(look: Inspection, rows: Entry, media: Entry | None, quarantine: Entry | None) -> pa.Table | None:
+    stored, count, table = look.parquet(rows)
+    named = [[each.path, each.bytes, each.sha256] for each in (media, quarantine) if each is not None]
+    media_entry = named[: media is not None]
+    claims: dict[str, Sequence[Any]] = {
+        "kind": [ROWS],
+        "name": [rows.name],
+        "shard": [rows.shard],
+        "rows": [rows.rows, count],
+        "ids_sha256": [rows.ids_sha256],
+        "media": media_entry,
+        "quarantine": [named[len(media_entry) :]],
+    }
+    look.claims(rows, artefact.footer_of(stored), claims)
+    fields = rows.info()["fields"]
+    wrong = [field for field in fields if field not in stored.names or stored.field(field).type != MEMBER]
+    if wrong:
+        look.say(rows, f"column {wrong[0]!r} is not that of a field")
+    if table is None or wrong:
+        return None
+    ids = table["id"].to_pylist()
+    if ids_sha256(ids) != rows.ids_sha256:
+        look.say(rows, "its ids, or their order, are not those of the catalog's ids_sha256")
+    for row in range(1, len(ids)):
+        if ids[row] <= ids[row - 1]:
+            look.say(rows, f"stands behind {ids[row - 1]!r}: rows are not in the order of their ids", row, ids[row])
+    return table
+
+
+class _Value(NamedTuple):
+    """A value that a shard's tar must hold."""
+
+    row: int
+    id: str
+    field: str
+    name: str
+    offset: int
+    size: int
+    digest: bytes
+
+
+def _values(table: pa.Table, fields: list[str]) -> Iterator[_Value]:
+    columns = [table[field].to_pylist() for field in fields]
+    for row, (sample_id, *members) in enumerate(zip(table["id"].to_pylist(), *columns, strict=True)):
+        for field, member in zip(fields, members, strict=True):
+            if member["present"]:
+                name = member_name(sample_id, field, member["ext"])
+                yield _Value(row, sample_id, field, name, member["offset"], member["size"], member["digest"])
+
+
+def _tar(look: Inspection, media: Entry, table: pa.Table, fields: list[str]) -> None:
+    """Reads a tar once, in order: its members must be the rows' values, each in its place, and nothing else."""
+    expected = list(_values(table, fields))
+    places = {value.name: place for place, value in enumerate(expected)}
+    found: set[int] = set()
+    last = -1
+    with look.storage.open(media.path) as file:
+        source = _Hashing(file)
+        with look.guard(media), tarfile.open(fileobj=cast(IO[bytes], source), mode="r|", bufsize=_READ_BYTES) as tar:
+            for info in tar:
+                place = places.get(info.name)
+                if place is None or place in found:
+                    problem = "belongs to no row" if place is None else "stands twice"
+                    look.say(media, f"member {info.name!r} {problem}", sample_id=_id_of(info.name))
+                    continue
+                for problem in _misplaced(expected[place], info, tar, place > last):
+                    look.say(media, f"{expected[place].field}: {problem}", expected[place].row, expected[place].id)
+                found.add(place)
+                last = max(last, place)
+        if look.reads("bytes"):
+            look.compare_sha256(media, source.rest())
+    for place, value in enumerate(expected):
+        if place not in found:
+            look.say(media, f"{value.field}: its member {value.name!r} is not in the tar", value.row, value.id)
+
+
+def _misplaced(value: _Value, info: tarfile.TarInfo, tar: tarfile.TarFile, in_order: bool) -> Iterator[str]:
+    if not in_order:
+        yield "its member is not where the order of the rows puts it"
+    if _id_of(info.name) != value.id:
+        yield f"the key of {info.name!r} does not restore to its id"
+    if (info.offset_data, info.size) != (value.offset, value.size):
+        yield f"at {info.offset_data} of {info.size} bytes where the rows say {value.offset} and {value.size}"
+    member = tar.extractfile(info)
+    if member is None:
+        yield "its member is not a regular file"
+    elif (digest := input_digest(member.read())) != value.digest:
+        yield f"its bytes have digest {digest.hex()} where the rows say {value.digest.hex()}"
+
+
+def _id_of(member: str) -> str | None:
+    """The id of the sample that a member's name belongs to; None where it is not a name of Braid's."""
+    folder, slash, last = member.rpartition("/")
+    try:
+        return from_tar_key(folder + slash + last.partition(".")[0])
+    except UnicodeDecodeError:
+        return None
+
+
+def _view_rows(look: Inspection, view: Entry, table: pa.Table, rows: pa.Table) -> set[tuple[str, str, str]] | None:
+    """Says which rows are not their samples'; returns what the encoder rejected, where all rows are there."""
+    field, ids = view.info()["field"], rows["id"].to_pylist()
+    both = min(len(table), len(ids))
+    broken = views.misaligned(table.slice(0, both), ids[:both], rows[field].slice(0, both))
+    if len(table) != len(ids):
+        row, problem = next(broken, (both, "here they end, or go on where the samples have ended"))
+        sample_id = ids[row] if row < len(ids) else None
+        look.say(
+            view, f"{len(table)} rows beside {len(ids)} samples; the first that is wrong: {problem}", row, sample_id
+        )
+        return None
+    for row, problem in broken:
+        look.say(view, problem, row, ids[row])
+    given = [member["present"] for member in rows[field].to_pylist()]
+    reasons = zip(ids, given, table["present"].to_pylist(), table["miss_reason"].to_pylist(), strict=True)
+    return {(sample_id, field, reason) for sample_id, value, present, reason in reasons if value and not present}
+
+
+def _rejected(table: pa.Table, fields: list[str]) -> set[tuple[str, str, str]]:
+    ids = table["id"].to_pylist()
+    return {
+        (sample_id, field, member["miss_reason"])
+        for field in fields
+        for sample_id, member in zip(ids, table[field].to_pylist(), strict=True)
+        if not member["present"] and member["miss_reason"] != "absent"
+    }
+
+
+def _quarantine(
+    look: Inspection, owner: Entry, quarantine: Entry | None, rejected: set[tuple[str, str, str]] | None
+) -> None:
+    """The quarantine must hold what the rows say was rejected; `rejected` is None where that is not known."""
+    if quarantine is None:
+        for sample_id, field, reason in sorted(rejected or ()):
+            look.say(owner, f"{field} was rejected ({reason}), and no quarantine is there", sample_id=sample_id)
+        return
+    with look.guard(quarantine):
+        if not look.sized(quarantine):
+            return
+        stored, count, table = look.parquet(quarantine)
+        look.claims(quarantine, artefact.footer_of(stored), {"kind": [QUARANTINE], "rows": [quarantine.rows, count]})
+        if not stored.equals(REJECTED):
+            look.say(quarantine, "its columns are not those of a quarantine")
+        elif table is not None and rejected is not None:
+            listed = set(zip(*(table[name].to_pylist() for name in ("id", "field", "reason")), strict=True))
+            for sample_id, field, reason in sorted(listed ^ rejected):
+                where = "here only" if (sample_id, field, reason) in listed else "in the rows only"
+                look.say(quarantine, f"{field} was rejected ({reason}) {where}", sample_id=sample_id)
+
+
+class _Hashing:
+    """A file that is hashed while it is read, for readers that go from its beginning to its end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes more."""
+        block = self._file.read(size)
+        self._digest.update(block)
+        return block
+
+    def rest(self) -> str:
+        """The sha256 of the whole file, in hex."""
+        while self.read(_READ_BYTES):
+            pass
+        return self._digest.hexdigest()
