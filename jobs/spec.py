@@ -1,0 +1,215 @@
+"""The spec: one YAML file that says what a store shall hold, validated whole before anything runs.
+
+Relative paths in it, of the store and of the source, are relative to the working directory.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from featurestore.errors import NotFound, SpecError
+from featurestore.storage import Storage
+from jobs.spec_mistakes import Mistake, document, of_references, of_shape, report
+
+__all__ = [
+    "ColumnsSpec",
+    "CorpusSpec",
+    "FieldSpec",
+    "IndexSpec",
+    "SourceSpec",
+    "SpaceSpec",
+    "Spec",
+    "TrainingSetSpec",
+    "ViewSpec",
+    "load",
+    "parse",
+]
+
+MAX_BYTES = 1_000_000
+
+# Names become folders, and field names become members of tars, which WebDataset lowercases.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _fraction(value: Any) -> Any:
+    """`1%` and `0.01` are the same; a bare 1 could mean either 1 % or all, so it is refused."""
+    number: Any = value
+    if isinstance(value, str) and value.endswith("%"):
+        try:
+            number = float(value[:-1]) / 100
+        except ValueError:
+            number = math.nan
+    elif isinstance(value, int | float) and value >= 1:
+        number = math.nan
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
+        raise ValueError("write a share of all values as a percentage from 0% to 100%, or as a number below 1")
+    return float(number)
+
+
+def _version(value: Any) -> Any:
+    if type(value) is not int or value != 1:
+        raise ValueError("this Braid reads version 1")
+    return value
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class SourceSpec(_Node):
+    """Where the samples come from. `manifest` is a JSON Lines file with one sample a line."""
+
+    type: Literal["manifest"]
+    path: Text
+
+
+class ColumnsSpec(_Node):
+    """Names of the manifest's columns that have a meaning to Braid; the others are kept as they are."""
+
+    id: Text
+    group: Text | None = None
+    event_timestamp: Text | None = None
+    available_timestamp: Text | None = None
+
+
+class FieldSpec(_Node):
+    """One field: its modality and the manifest's column with its value (`inline`) or its file's path (`file`)."""
+
+    modality: Literal["text", "image", "audio"]
+    column: Text = Field(alias="from")
+    read: Literal["inline", "file"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_by_modality(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {"read": "inline" if raw.get("modality") == "text" else "file"} | raw
+
+
+class CorpusSpec(_Node):
+    """The corpus and how it is cut into shards; `failure_budget` is the share of values that may be rejected."""
+
+    name: Name
+    source: SourceSpec
+    columns: ColumnsSpec
+    fields: dict[Name, FieldSpec] = Field(min_length=1)
+    media: Literal["copy"] = "copy"
+    shard_rows: int = Field(default=10_000, ge=1, le=1_000_000)
+    shard_mb: int = Field(default=512, ge=1, le=1_000_000)
+    failure_budget: Annotated[float, BeforeValidator(_fraction)] = 0.01
+
+
+class ViewSpec(_Node):
+    """A view: one encoder over one field."""
+
+    field: Text
+    encoder: Text
+    options: dict[Text, Any] = {}
+
+
+class SpaceSpec(_Node):
+    """A joint space learned from the pairs of two views."""
+
+    views: tuple[Text, ...] = Field(min_length=2, max_length=2)
+    method: Literal["cca"]
+    dim: int = Field(default=128, ge=1, le=65_536)
+
+
+class IndexSpec(_Node):
+    """An index over views of one space; `recall` is what it is tuned to, against exact search."""
+
+    space: Text
+    views: tuple[Text, ...] = Field(min_length=1)
+    recall: float = Field(default=0.95, gt=0, le=1)
+
+
+class TrainingSetSpec(_Node):
+    """Aligned rows of views with the manifest's column `label`; `splits` are fractions of the samples."""
+
+    views: tuple[Text, ...] = Field(min_length=1)
+    label: Text
+    splits: dict[Name, Annotated[float, Field(gt=0, le=1)]]
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @field_validator("splits")
+    @classmethod
+    def _sum_to_one(cls, splits: dict[str, float]) -> dict[str, float]:
+        if not math.isclose(total := math.fsum(splits.values()), 1, abs_tol=1e-6):
+            raise ValueError(f"the fractions sum to {total:.6g}; they must sum to 1")
+        return splits
+
+
+class Spec(_Node):
+    """What a store shall hold. Its sections are DESIGN.md's words."""
+
+    version: Annotated[int, BeforeValidator(_version)]
+    store: Storage
+    corpus: CorpusSpec
+    views: dict[Name, ViewSpec] = {}
+    spaces: dict[Name, SpaceSpec] = {}
+    indexes: dict[Name, IndexSpec] = {}
+    training_sets: dict[Name, TrainingSetSpec] = {}
+
+    def view(self, name: str) -> ViewSpec:
+        """Give the view of this name. Raises NotFound with the names that there are."""
+        if name not in self.views:
+            raise NotFound(f"the spec has no view {name!r}; it has: {', '.join(self.views) or 'none'}")
+        return self.views[name]
+
+    def to_json(self) -> str:
+        """A text in the order of the spec, with every default written out."""
+        return self.model_dump_json(by_alias=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote."""
+        return cls.model_validate_json(text)
+
+
+def load(path: str | Path) -> Spec:
+    """Read and check a spec.
+
+    Raises:
+        SpecError: its text lists all mistakes, by line.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path}: cannot read the spec: {error}") from error
+    try:
+        return parse(raw.decode("utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise SpecError(report([Mistake(line, (), "not UTF-8; save the file as UTF-8")], str(path))) from error
+
+
+def parse(text: str, where: str) -> Spec:
+    """Check a spec's text; `where` names it in messages. Raises SpecError that lists all mistakes, by line."""
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        raise SpecError(f"{where}: larger than {MAX_BYTES:,} bytes, which no spec is; is it the right file?")
+    tree = document(text)
+    mistakes = list(tree.mistakes)
+    spec = None
+    if tree.readable:
+        try:
+            spec = Spec.model_validate(tree.value)
+        except ValidationError as error:
+            mistakes += of_shape(error, Spec, tree)
+        mistakes += of_references(tree)
+    if mistakes or spec is None:
+        raise SpecError(report(mistakes, where))
+    return spec

@@ -1,0 +1,300 @@
+"""Finding and telling what is wrong with a spec: every mistake at once, each with its line and its mend."""
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from yaml.composer import ComposerError
+from yaml.nodes import MappingNode, Node, SequenceNode
+
+from featurestore.errors import InputError
+
+__all__ = ["Document", "Mistake", "Place", "document", "of_references", "of_shape", "report"]
+
+MAX_DEPTH = 20
+MAX_LISTED = 50
+MAX_NUMBER = 64
+LATER = {"video", "sensor", "reference"}
+PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
+NAME_RULE = "small letters, digits, '-' and '_', beginning with a letter or digit, at most 64"
+
+Place = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake: its line (from 1), the path of keys to it, and what to say."""
+
+    line: int
+    place: Place
+    text: str
+
+
+@dataclass
+class Document:
+    """A YAML text as plain values, the line of every node, and what could not be read."""
+
+    value: Any = None
+    readable: bool = False
+    lines: dict[Place, int] = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+
+    def mistake(self, place: Place, text: str) -> Mistake:
+        """A mistake at the line of `place`, or of the nearest node around it."""
+        known = place
+        while known and known not in self.lines:
+            known = known[:-1]
+        return Mistake(self.lines.get(known, 1), place, text)
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes without aliases (a few of them can stand for gigabytes) and without deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
+            raise ComposerError(None, None, "aliases (*name) are not allowed; write it out", mark)
+        if self.depth > MAX_DEPTH:
+            raise ComposerError(None, None, f"nested deeper than {MAX_DEPTH}", mark)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+def document(text: str) -> Document:
+    """Read YAML into plain values with lines. What is wrong with the YAML itself is in `mistakes`."""
+    tree = Document()
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    # PyYAML lets ValueErrors of chr() and int() through.
+    except (yaml.YAMLError, ValueError) as error:
+        tree.mistakes.append(_syntax_mistake(error, text))
+        return tree
+    if not isinstance(root, MappingNode):
+        tree.mistakes.append(Mistake(1, (), "the spec is empty, or no mapping of keys; begin with 'version: 1'"))
+        return tree
+    tree.readable = True
+    tree.value = _value(root, (), tree)
+    return tree
+
+
+def _syntax_mistake(error: Exception, text: str) -> Mistake:
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        what = ", ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
+        return Mistake(mark.line + 1, (), f"column {mark.column + 1}: not YAML: {what}")
+    position = getattr(error, "position", 0)
+    what = getattr(error, "reason", None) or str(error)
+    return Mistake(text.count("\n", 0, position) + 1, (), f"not YAML: {what}")
+
+
+def _value(node: Node, place: Place, tree: Document) -> Any:
+    tree.lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, MappingNode):
+        return _mapping(node, place, tree)
+    if isinstance(node, SequenceNode):
+        return tuple(_value(item, (*place, i), tree) for i, item in enumerate(node.value))
+    return _scalar(node, place, tree)
+
+
+def _mapping(node: MappingNode, place: Place, tree: Document) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = key_node.value
+        if key_node.tag != "tag:yaml.org,2002:str":
+            text = f"key {_shown(key)} is no text to YAML (it is {_kind(key_node)}); put it in quotes"
+            tree.mistakes.append(Mistake(line, place, text))
+        elif key in found:
+            first = tree.lines[(*place, key)]
+            tree.mistakes.append(Mistake(line, (*place, key), f"is here twice (first in line {first}); keep one"))
+        else:
+            tree.lines[(*place, key)] = line
+            found[key] = _value(value_node, (*place, key), tree)
+    return found
+
+
+def _scalar(node: Node, place: Place, tree: Document) -> Any:
+    if node.tag not in PLAIN_TAGS:
+        text = f"{_shown(node.value)} is {_kind(node)} to YAML; allowed: text, numbers, true, false; put text in quotes"
+        tree.mistakes.append(tree.mistake(place, text))
+        return None
+    if node.tag != "tag:yaml.org,2002:str" and len(node.value) > MAX_NUMBER:
+        tree.mistakes.append(tree.mistake(place, f"{_shown(node.value)} is too long for a number"))
+        return None
+    try:
+        return yaml.constructor.SafeConstructor().construct_object(node)  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, ValueError, KeyError, IndexError) as error:
+        tree.mistakes.append(tree.mistake(place, f"{_shown(node.value)} is no {_kind(node)}: {error}"))
+        return None
+
+
+def _kind(node: Node) -> str:
+    return str(node.tag).removeprefix("tag:yaml.org,2002:")
+
+
+def of_shape(error: ValidationError, model: type[BaseModel], tree: Document) -> Iterator[Mistake]:
+    """Translate what pydantic found, in the words of the spec."""
+    for found in error.errors():
+        place = found["loc"]
+        if place[-1:] == ("[key]",):
+            place = place[:-1]
+            yield tree.mistake(place, f"{_shown(found['input'])} is not a name; allowed: {NAME_RULE}")
+        else:
+            yield tree.mistake(place, _told(found, model))
+
+
+def _told(found: Mapping[str, Any], model: type[BaseModel]) -> str:
+    kind, value, context = found["type"], found["input"], found.get("ctx", {})
+    if kind == "extra_forbidden":
+        keys = _keys_at(found["loc"][:-1], model)
+        return f"is not a key of this section; allowed: {', '.join(keys)}{_nearest(found['loc'][-1], keys)}"
+    if kind == "missing":
+        return "is missing; add it"
+    if kind == "model_type":
+        return f"{_shown(value)} is no section; allowed keys: {', '.join(_keys_at(found['loc'], model))}"
+    if kind == "string_pattern_mismatch":
+        return f"{_shown(value)} is not a name; allowed: {NAME_RULE}"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        later = " (that comes in a later version)" if isinstance(value, str) and value in LATER else ""
+        return f"{_shown(value)} is not allowed here{later}; allowed: {', '.join(allowed)}{_nearest(value, allowed)}"
+    told = str(context["error"]) if kind == "value_error" else found["msg"][:1].lower() + found["msg"][1:]
+    told = told.replace("tuple", "list").replace("dictionary", "mapping")
+    return f"{_shown(value)} is wrong: {told}"
+
+
+def _keys_at(place: Place, model: type[BaseModel]) -> list[str]:
+    """The keys that the section at `place` may have."""
+    here: Any = model
+    for part in place:
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            fields = {info.alias or name: info.annotation for name, info in here.model_fields.items()}
+            here = fields[str(part)]
+        else:
+            here = typing.get_args(here)[-1]
+    return [info.alias or name for name, info in here.model_fields.items()]
+
+
+def of_references(tree: Document) -> Iterator[Mistake]:
+    """What names something that is not there. Works on whatever could be read, so that all is told at once."""
+    for place, value, names, what in _references(tree.value):
+        if isinstance(value, str) and value not in names:
+            allowed = f"allowed: {_listed(names)}" if names else "there is none"
+            yield tree.mistake(place, f"{_shown(value)} is not {what}; {allowed}{_nearest(value, names)}")
+    for section in ("spaces", "indexes", "training_sets"):
+        for name, entry in _entries(tree.value, section).items():
+            yield from _repeated((section, name, "views"), entry.get("views"), tree)
+    yield from _of_encoders(tree)
+
+
+def _references(spec: Any) -> Iterator[tuple[Place, Any, list[str], str]]:
+    """Every name in the spec that stands for something else: where, the name, the names there are, of what."""
+    from featurestore import encoders
+
+    fields, views = list(_entries(spec.get("corpus"), "fields")), list(_entries(spec, "views"))
+    spaces, known = _entries(spec, "spaces"), encoders.keys()
+    for name, view in _entries(spec, "views").items():
+        yield ("views", name, "field"), view.get("field"), fields, "a field of this corpus"
+        yield ("views", name, "encoder"), view.get("encoder"), known, "an encoder"
+    for section in ("spaces", "training_sets"):
+        for name, entry in _entries(spec, section).items():
+            yield from _views_of((section, name), entry, views, "a view of this spec")
+    for name, index in _entries(spec, "indexes").items():
+        space = index.get("space")
+        yield ("indexes", name, "space"), space, list(spaces), "a space of this spec"
+        if isinstance(space, str) and isinstance(spaces.get(space, {}).get("views"), tuple):
+            members = [view for view in spaces[space]["views"] if isinstance(view, str)]
+            yield from _views_of(("indexes", name), index, members, f"a view of space {space!r}")
+
+
+def _views_of(
+    place: Place, entry: Mapping[str, Any], names: list[str], what: str
+) -> Iterator[tuple[Place, Any, list[str], str]]:
+    views = entry.get("views")
+    for i, view in enumerate(views if isinstance(views, tuple) else ()):
+        yield (*place, "views", i), view, names, what
+
+
+def _repeated(place: Place, views: Any, tree: Document) -> Iterator[Mistake]:
+    seen: set[str] = set()
+    for i, view in enumerate(views if isinstance(views, tuple) else ()):
+        if isinstance(view, str):
+            if view in seen:
+                yield tree.mistake((*place, i), f"{_shown(view)} is listed twice; keep one")
+            seen.add(view)
+
+
+def _of_encoders(tree: Document) -> Iterator[Mistake]:
+    """Options that an encoder does not take, and encoders on a field of another modality."""
+    from featurestore import encoders
+
+    fields, known = _entries(tree.value.get("corpus"), "fields"), encoders.keys()
+    for name, view in _entries(tree.value, "views").items():
+        key, options = view.get("encoder"), view.get("options", {})
+        if not isinstance(key, str) or key not in known or not isinstance(options, dict):
+            continue
+        try:
+            takes = encoders.find(key, options).modality
+        except InputError as error:
+            yield tree.mistake(("views", name, "options"), str(error))
+            continue
+        source = view.get("field")
+        has = fields.get(source, {}).get("modality") if isinstance(source, str) else None
+        if isinstance(has, str) and has != takes:
+            text = f"{_shown(key)} takes {takes}, but field {_shown(source)} is {_shown(has)}"
+            yield tree.mistake(("views", name, "encoder"), text)
+
+
+def _entries(section: Any, key: str) -> dict[str, dict[str, Any]]:
+    """The entries of `section[key]`; what is no section reads as empty, and `of_shape` tells of it."""
+    entries = section.get(key) if isinstance(section, dict) else None
+    if not isinstance(entries, dict):
+        return {}
+    return {name: entry if isinstance(entry, dict) else {} for name, entry in entries.items()}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + (" ..." if len(names) > MAX_LISTED else "")
+
+
+def _nearest(value: object, names: list[str]) -> str:
+    if not isinstance(value, str) or len(value) > 64:
+        return ""
+    near = difflib.get_close_matches(value, names[:MAX_LISTED], n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _shown(value: object) -> str:
+    """The value as YAML would have it, cut short, without characters that a terminal obeys."""
+    if isinstance(value, str):
+        text = repr(value) if value.isprintable() else ascii(value)
+    else:
+        text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:76] + " ..."
+
+
+def report(mistakes: Iterable[Mistake], where: str) -> str:
+    """All mistakes in the order of their lines, under their number."""
+    told = sorted({(m.line, _dotted(m.place), m.text) for m in mistakes})
+    count = f"{len(told)} mistake{'s' if len(told) != 1 else ''}"
+    lines = [f"  line {line}: {place + ': ' if place else ''}{text}" for line, place, text in told[:MAX_LISTED]]
+    rest = [f"  and {len(told) - MAX_LISTED} more"] if len(told) > MAX_LISTED else []
+    return "\n".join([f"{where}: {count}", *lines, *rest])
+
+
+def _dotted(place: Place) -> str:
+    parts = (
+        str(part) if isinstance(part, int) or re.fullmatch(r"[\w-]{1,64}", part) else _shown(part) for part in place
+    )
+    return ".".join(parts)
