@@ -7,7 +7,6 @@ locate the value in the tar, so that one value is read without reading the tar.
 
 import tarfile
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 
@@ -190,16 +189,30 @@ def read_rows(storage: Storage, entry: Entry) -> pa.Table:
         raise AlignmentError(f"{entry.path}: {len(table)} rows where the catalog says {entry.rows}; run `braid verify`")
     if ids_sha256(table["id"].to_pylist()) != entry.ids_sha256:
         raise AlignmentError(f"{entry.path}: its ids are not the ones that the catalog names; run `braid verify`")
+    for row, problem in disordered(table):
+        raise AlignmentError(
+            f"{entry.path}: {problem} (row {row}, id {table['id'][row].as_py()!r}); run `braid verify`"
+        )
     return table.replace_schema_metadata(None)
 
 
-def tar_members(content: Any) -> Iterator[tuple[str, int, int]]:
-    """(name, data offset, size) of each regular file of an open tar; AlignmentError where it holds anything else."""
-    try:
-        with tarfile.open(fileobj=content, mode="r:") as tar:
-            for info in tar:
-                if not info.isreg():
-                    raise AlignmentError(f"tar member {info.name!r} is not a regular file; Braid writes none such")
-                yield info.name, info.offset_data, info.size
-    except tarfile.TarError as error:
-        raise AlignmentError(f"not a whole tar: {error}") from error
+def disordered(rows: pa.Table) -> Iterator[tuple[int, str]]:
+    """(row, what does not hold) of every row that stands out of order, in order.
+
+    Ids ascend, and so do the places of their values in the tar: fields that were moved to other ids show here.
+    """
+    ids = rows["id"].to_pylist()
+    for row in range(1, len(ids)):
+        if ids[row] <= ids[row - 1]:
+            yield row, f"stands behind {ids[row - 1]!r}: rows are not in the order of their ids"
+    fields = [field.name for field in rows.schema if field.type == MEMBER]
+    end = 0
+    for row, members in enumerate(zip(*(rows[field].to_pylist() for field in fields), strict=True)):
+        for field, member in zip(fields, members, strict=True):
+            if member["present"]:
+                if member["offset"] < end:
+                    yield (
+                        row,
+                        f"its {field} is said to stand at {member['offset']} of the tar, before the value ahead of it",
+                    )
+                end = member["offset"] + member["size"]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from featurestore import artefact, views
 from featurestore.catalog import Entry
-from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, REJECTED, ROWS, member_name, read_rows
+from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, REJECTED, ROWS, disordered, member_name, read_rows
 from featurestore.errors import BraidError, NotFound
 from featurestore.identity import from_tar_key, ids_sha256, input_digest
 from featurestore.storage import Storage
@@ -209,9 +209,8 @@ def _corpus_rows(look: Inspection, rows: Entry, media: Entry | None, quarantine:
     ids = table["id"].to_pylist()
     if ids_sha256(ids) != rows.ids_sha256:
         look.say(rows, "its ids, or their order, are not those of the catalog's ids_sha256")
-    for row in range(1, len(ids)):
-        if ids[row] <= ids[row - 1]:
-            look.say(rows, f"stands behind {ids[row - 1]!r}: rows are not in the order of their ids", row, ids[row])
+    for row, problem in disordered(table):
+        look.say(rows, problem, row, ids[row])
     return table
 
 
