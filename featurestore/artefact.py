@@ -43,6 +43,11 @@ def place(storage: Storage, local: Path, stem: str, sha256: str | None = None) -
     return Placed(path, size, sha256)
 
 
+def is_named_for(path: str, sha256: str) -> bool:
+    """Whether a file's name ends in its sha256, as `place` names it: of a file that was changed since, it does not."""
+    return path.rpartition(".")[0].endswith(f"-{sha256[:8]}")
+
+
 def place_bytes(storage: Storage, content: bytes, stem: str, ext: str) -> Placed:
     """Puts bytes held in memory (cards, projections) under `<stem>-<sha8><ext>`."""
     with storage.scratch() as folder:

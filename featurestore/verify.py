@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from featurestore import builds, views
+from featurestore import artefact, builds, views
 from featurestore.build_inspection import index_build, plain_build, space_build, training_build
 from featurestore.catalog import Catalog, Entry, Snapshot
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
@@ -212,7 +212,7 @@ def _unique(look: Inspection, entries: list[Entry]) -> None:
             look.say(entry, f"stands {keys[entry.key]} times in the catalog")
         elif first is not entry:
             look.say(entry, f"is the same file as {first.kind} {first.name}, shard {first.shard}")
-        if f"-{entry.sha256[:8]}." not in entry.path:
+        if not artefact.is_named_for(entry.path, entry.sha256):
             look.say(entry, f"its name does not end in its sha256 ({entry.sha256[:8]})")
 
 

@@ -25,7 +25,7 @@ from apache_beam.transforms.window import GlobalWindows
 
 from featurestore import artefact, encoders, vectors, views
 from featurestore.catalog import Entry, Snapshot
-from featurestore.corpora import QUARANTINE, Corpus, read_rows
+from featurestore.corpora import QUARANTINE, Corpus, member_header, read_rows
 from featurestore.errors import AlignmentError, DecodeError
 from featurestore.identity import DIGEST_BYTES, input_digest, row_digest
 from featurestore.storage import Storage
@@ -100,6 +100,7 @@ class Row(NamedTuple):
     offset: int
     size: int
     digest: bytes
+    ext: str
     source: str | None
 
 
@@ -140,16 +141,14 @@ class ShardEncoder:
     def _adopt(self, task: EncodeTask) -> Result | None:
         for path in sorted(key for key in self._done if key.startswith(f"{folder(self.plan)}/{task.shard}-")):
             content = self.storage.read(path)
-            try:
-                footer = artefact.read_footer(content)
-            except pa.ArrowException:
+            sha256 = hashlib.sha256(content).hexdigest()
+            if not artefact.is_named_for(path, sha256):
                 continue
+            footer = artefact.read_footer(content)
             quarantine = [artefact.Placed(*each) for each in footer.get("quarantine", [])]
             held = all(self.storage.exists(each.path) for each in quarantine)
             if held and footer == self._footer(task, quarantine, footer.get("tried", 0), footer.get("example", "")):
-                return self._result(
-                    task, artefact.Placed(path, len(content), hashlib.sha256(content).hexdigest()), footer
-                )
+                return self._result(task, artefact.Placed(path, len(content), sha256), footer)
         return None
 
     def _footer(self, task: EncodeTask, quarantine: list[artefact.Placed], tried: int, example: str) -> dict[str, Any]:
@@ -170,7 +169,7 @@ class ShardEncoder:
         field = rows[self.plan.field].to_pylist()
         ids = rows["id"].to_pylist()
         todo = [
-            Row(row, sample_id, m["offset"], m["size"], m["digest"], m["source"])
+            Row(row, sample_id, m["offset"], m["size"], m["digest"], m["ext"], m["source"])
             for row, (sample_id, m) in enumerate(zip(ids, field, strict=True))
             if m["present"]
         ]
@@ -200,11 +199,14 @@ class ShardEncoder:
         for batch, future in zip(batches, futures, strict=True):
             for value, (vector, digest) in zip(batch, future.result(), strict=True):
                 if digest != value.digest:
-                    raise AlignmentError(
-                        f"{task.tar_path}: the {self.plan.field} of {value.id!r} (shard {task.shard}, row {value.row}) is not "
-                        "the value that was stored; delete the shard's files and run `braid run`"
-                    )
+                    raise self._displaced(task.tar_path, value)
                 yield value, vector, digest
+
+    def _displaced(self, tar_path: str, value: Row) -> AlignmentError:
+        return AlignmentError(
+            f"{tar_path}: the {self.plan.field} of {value.id!r} (row {value.row} of its shard) is not the value that was "
+            "stored; run `braid verify`, and put the file back from a copy"
+        )
 
     def _batches(self, todo: list[Row]) -> list[list[Row]]:
         if self.encoder.modality != "image":
@@ -217,8 +219,12 @@ class ShardEncoder:
         outcomes: list[tuple[Any, bytes]] = []
         with self.storage.open(tar_path) as tar:
             for value in batch:
-                tar.seek(value.offset)
-                raw = tar.read(value.size)
+                header = member_header(value.id, self.plan.field, value.ext, value.size)
+                tar.seek(max(0, value.offset - len(header)))
+                stored = tar.read(len(header) + value.size)
+                raw = stored[len(header) :]
+                if not stored.startswith(header):
+                    raise self._displaced(tar_path, value)
                 outcomes.append((self._decode(raw), input_digest(raw)))
         good = [position for position, (decoded, _) in enumerate(outcomes) if not isinstance(decoded, DecodeError)]
         for position, vector in zip(good, self._forward([outcomes[each][0] for each in good]), strict=True):

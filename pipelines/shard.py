@@ -214,10 +214,10 @@ class ShardWriter:
         stem = f"{self._folder}/{task.key}-"
         for path in sorted(key for key in self._done if key.startswith(stem) and key.endswith(".parquet")):
             content = self.storage.read(path)
-            try:
-                footer = artefact.read_footer(content)
-            except pa.ArrowException:
+            sha256 = hashlib.sha256(content).hexdigest()
+            if not artefact.is_named_for(path, sha256):
                 continue
+            footer = artefact.read_footer(content)
             if footer.get("ids_sha256") != ids or footer.get("settings") != self._settings():
                 continue
             made = [
@@ -225,8 +225,7 @@ class ShardWriter:
                 *(artefact.Placed(*each) for each in footer["quarantine"]),
             ]
             if all(_holds(self.storage, each) for each in made):
-                rows = artefact.Placed(path, len(content), hashlib.sha256(content).hexdigest())
-                return self._result(task.key, rows, footer)
+                return self._result(task.key, artefact.Placed(path, len(content), sha256), footer)
         return None
 
     def _settings(self) -> dict[str, Any]:
