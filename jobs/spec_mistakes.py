@@ -276,11 +276,8 @@ def _nearest(value: object, names: list[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    """The value as YAML would have it, cut short, without characters that a terminal obeys."""
-    if isinstance(value, str):
-        text = repr(value) if value.isprintable() else ascii(value)
-    else:
-        text = json.dumps(value, default=str)
+    """The value as YAML would have it, cut short."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:76] + " ..."
 
 
@@ -290,7 +287,12 @@ def report(mistakes: Iterable[Mistake], where: str) -> str:
     count = f"{len(told)} mistake{'s' if len(told) != 1 else ''}"
     lines = [f"  line {line}: {place + ': ' if place else ''}{text}" for line, place, text in told[:MAX_LISTED]]
     rest = [f"  and {len(told) - MAX_LISTED} more"] if len(told) > MAX_LISTED else []
-    return "\n".join([f"{where}: {count}", *lines, *rest])
+    return "\n".join(_printable(line) for line in [f"{where}: {count}", *lines, *rest])
+
+
+def _printable(line: str) -> str:
+    """Escape what a terminal obeys or cannot encode: the parser and pydantic quote the file's text as it is."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
 
 
 def _dotted(place: Place) -> str:
