@@ -28,6 +28,7 @@ Version = Annotated[int | None, typer.Option(help="Read this version instead of 
 
 def main() -> None:
     """Runs the command line: a BraidError is one message and exit status 1 (2 for bad input), a bug a traceback."""
+    _quiet()
     try:
         app()
     except BraidError as error:
@@ -55,7 +56,6 @@ def _store(uri: str, version: int | None = None) -> Any:
 
 def _run(path: Path, stages: tuple[str, ...], only: str | None, beam_args: list[str] | None) -> list[Any]:
     spec = _spec(path)
-    _quiet()
     from jobs.run import Runner
 
     runner = Runner(spec, _say(), beam_args or ())
@@ -175,7 +175,6 @@ def search(
     version: Version = None,
 ) -> None:
     """Search an index by text, picture or sound; print score, id, view and caption of each hit."""
-    _quiet()
     hits = _store(store, version).search(
         index, text=text, image=image, audio=audio, via=via, k=k, where=where, modality=modality
     )

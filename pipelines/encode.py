@@ -12,16 +12,14 @@ import hashlib
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 from apache_beam.metrics import Metrics
-from apache_beam.transforms.window import GlobalWindows
 
 from featurestore import artefact, encoders, vectors, views
 from featurestore.catalog import Entry, Snapshot
@@ -29,10 +27,8 @@ from featurestore.corpora import QUARANTINE, Corpus, member_header, read_rows
 from featurestore.errors import AlignmentError, DecodeError
 from featurestore.identity import DIGEST_BYTES, input_digest, row_digest
 from featurestore.storage import Storage
-from pipelines.runner import Commit, Job, Result, Scope, result, typed
+from pipelines.runner import Commit, InFlight, Job, Result, Scope, result, typed
 from pipelines.shard import place_rejected, rejection
-
-SHARDS_IN_FLIGHT = 2
 
 
 class ViewPlan(NamedTuple):
@@ -310,8 +306,8 @@ class ShardEncoder:
         return result(task.shard, entries, footer["tried"], rejected, footer["example"])
 
 
-class _EncodeShard(beam.DoFn):
-    """EncodeTask -> Result, with `SHARDS_IN_FLIGHT` shards of a bundle at work at once."""
+class _EncodeShard(InFlight):
+    """EncodeTask -> Result."""
 
     def __init__(self, storage: str, plan: ViewPlan) -> None:
         self._storage, self._plan = storage, tuple(plan)
@@ -319,28 +315,26 @@ class _EncodeShard(beam.DoFn):
         self._span_ms = Metrics.distribution("encode", "span_ms")
 
     def setup(self) -> None:
+        super().setup()
         self._encoder = ShardEncoder(Storage.from_json(self._storage), ViewPlan(*self._plan))
         self._encoder.load()
-        self._shards = ThreadPoolExecutor(SHARDS_IN_FLIGHT)
 
-    def start_bundle(self) -> None:
-        self._flight: deque[Future[Result]] = deque()
+    def work(self, task: EncodeTask) -> Result:
+        return self._encoder.encode(task)
 
     def process(self, task: EncodeTask) -> Iterator[Result]:
         self._span_ms.update(int(time.time() * 1000))
-        self._flight.append(self._shards.submit(self._encoder.encode, task))
-        if len(self._flight) > SHARDS_IN_FLIGHT:
-            yield self._next()
+        yield from self._counted(super().process(task))
 
     def finish_bundle(self) -> Iterator[Any]:
-        while self._flight:
-            yield GlobalWindows.windowed_value(self._next())
+        for done in super().finish_bundle():
+            yield from self._counted([done.value], done)
 
-    def _next(self) -> Result:
-        done = self._flight.popleft().result()
-        self._values.inc(done.tried)
-        self._span_ms.update(int(time.time() * 1000))
-        return done
+    def _counted(self, results: Iterable[Result], as_given: Any = None) -> Iterator[Any]:
+        for done in results:
+            self._values.inc(done.tried)
+            self._span_ms.update(int(time.time() * 1000))
+            yield as_given or done
 
 
 class Encode(beam.PTransform):

@@ -5,13 +5,16 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.coders import registry
 from apache_beam.coders.row_coder import RowCoder
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.transforms.window import GlobalWindows
 
 from featurestore.catalog import Catalog, Change, Entry
 from featurestore.errors import BraidError, BudgetExceeded
@@ -53,6 +56,40 @@ def typed(row: type[Any]) -> type[Any]:
 
 
 typed(Result)
+
+
+class InFlight(beam.DoFn):
+    """Runs `work(task)` for the tasks of a bundle, `SHARDS_IN_FLIGHT` at once, so that reading, computing and writing
+    of neighbours overlap. Results leave in the order of the tasks."""
+
+    SHARDS_IN_FLIGHT = 2
+
+    def work(self, task: Any) -> Result:
+        """What is done with one task; called from several threads."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        """Makes the threads."""
+        self._threads = ThreadPoolExecutor(self.SHARDS_IN_FLIGHT)
+
+    def teardown(self) -> None:
+        """Ends the threads."""
+        self._threads.shutdown()
+
+    def start_bundle(self) -> None:
+        """Begins with nothing in flight."""
+        self._flight: deque[Future[Result]] = deque()
+
+    def process(self, task: Any) -> Iterator[Result]:
+        """Starts a task; waits for the oldest where enough are in flight."""
+        self._flight.append(self._threads.submit(self.work, task))
+        if len(self._flight) > self.SHARDS_IN_FLIGHT:
+            yield self._flight.popleft().result()
+
+    def finish_bundle(self) -> Iterator[Any]:
+        """Waits for the rest."""
+        while self._flight:
+            yield GlobalWindows.windowed_value(self._flight.popleft().result())
 
 
 class Commit(beam.PTransform):

@@ -9,7 +9,6 @@ Shard keys come from the set of new (id, etag) alone, so any runner and any numb
 """
 
 import hashlib
-import io
 import json
 import tarfile
 from collections import deque
@@ -29,7 +28,7 @@ from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, REJECTED, ROWS, Corp
 from featurestore.errors import DecodeError, InputError
 from featurestore.identity import IngestDigest, hash64, ids_sha256, input_digest
 from featurestore.storage import Storage
-from pipelines.runner import Commit, Job, Result, Scope, result, typed
+from pipelines.runner import Commit, InFlight, Job, Result, Scope, result, typed
 from pipelines.sources import TIMESTAMPS, Sample, SampleRef, Source, Value, open_source
 
 SHARDS_PER_RANGE = 32
@@ -183,15 +182,16 @@ def _read_plan(storage: Storage, task: ShardTask) -> list[SampleRef]:
     return [SampleRef(**row) for row in rows.to_pylist()]
 
 
-class _WriteShard(beam.DoFn):
+class _WriteShard(InFlight):
     def __init__(self, storage: str, corpus: str) -> None:
         self._storage, self._corpus = storage, corpus
 
     def setup(self) -> None:
+        super().setup()
         self._writer = ShardWriter(Storage.from_json(self._storage), json.loads(self._corpus))
 
-    def process(self, task: ShardTask) -> Iterator[Result]:
-        yield self._writer.write(task)
+    def work(self, task: ShardTask) -> Result:
+        return self._writer.write(task)
 
 
 class ShardWriter:
@@ -419,46 +419,34 @@ class _TarWriter:
     """Writes a tar whose bytes depend on its members alone, and hashes it on the way."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._digest, self._size = path, hashlib.sha256(), 0
         self.sha256 = ""
 
     def __enter__(self) -> "_TarWriter":
-        self._file = _HashingFile(self._path)
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+        self._file = self._path.open("wb")
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._tar.close()
+        # Two empty blocks, filled up to a record: the end of a tar.
+        end = 2 * tarfile.BLOCKSIZE
+        self._write(bytes(end + -(self._size + end) % tarfile.RECORDSIZE))
         self._file.close()
-        self.sha256 = self._file.digest.hexdigest()
+        self.sha256 = self._digest.hexdigest()
 
     def add(self, name: str, raw: bytes) -> int:
         """Adds a member and returns the offset of its data."""
         info = tarfile.TarInfo(name)
         info.size = len(raw)
-        self._tar.addfile(info, io.BytesIO(raw))
-        padded = -(-len(raw) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return int(self._tar.offset) - padded
+        self._write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+        offset = self._size
+        self._write(raw)
+        self._write(bytes(-len(raw) % tarfile.BLOCKSIZE))
+        return offset
 
-
-class _HashingFile(io.RawIOBase):
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def writable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def _write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+        self._size += len(data)
 
 
 class Shard(beam.PTransform):

@@ -50,12 +50,12 @@ class FileValue(NamedTuple):
         """The file's bytes; DecodeError `unreadable` or `too_large`."""
         try:
             fs, path = _filesystem(self.uri)
-            with fs.open(path, "rb") as file:
-                content: bytes = file.read(MAX_VALUE_BYTES + 1)
+            size = int(fs.info(path)["size"] or 0)
+            if size > MAX_VALUE_BYTES:
+                raise too_large(size)
+            content: bytes = fs.cat_file(path)
         except (OSError, ValueError) as error:
             raise DecodeError("unreadable", f"{self.source}: {error}") from error
-        if len(content) > MAX_VALUE_BYTES:
-            raise too_large(len(content))
         return content
 
 
