@@ -41,11 +41,11 @@ class Entry(NamedTuple):
     rows: int
     bytes: int
     sha256: str
-    ids_sha256: str
-    input_sha256: str
-    event_min_ns: int | None
-    event_max_ns: int | None
-    lineage: str
+    ids_sha256: str = ""
+    input_sha256: str = ""
+    event_min_ns: int | None = None
+    event_max_ns: int | None = None
+    lineage: str = "{}"
 
     @property
     def key(self) -> tuple[str, str, str, str]:

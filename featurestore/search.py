@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -157,7 +156,7 @@ class Index:
             self._hit(int(row), float(score)) for score, row in zip(scores[0], rows[0], strict=True) if row >= 0
         )
 
-    def embed(self, via: str, values: Sequence[Any]) -> np.ndarray:
+    def embed(self, via: str, values: np.ndarray) -> np.ndarray:
         """float32 [n, dim] vectors of the index's space from raw vectors [n, view dim] of view `via`."""
         return self.space.projections[via].apply(np.asarray(values, np.float32))
 

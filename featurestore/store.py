@@ -151,7 +151,7 @@ class FeatureStore:
         view = index.via(via, kind)
         if view.modality != kind:
             raise InputError(f"via={view.name!r} reads {view.modality}, not {kind}")
-        return index.embed(view.name, self._query.encode(view, _raw(kind, value)))[0]
+        return np.asarray(index.embed(view.name, self._query.encode(view, _raw(kind, value)))[0])
 
     def _vector(self, index: Index, value: Any, via: str | None) -> np.ndarray:
         vector = np.asarray(value, np.float32)
@@ -159,7 +159,7 @@ class FeatureStore:
         if vector.shape != (dim,) or not np.isfinite(vector).all():
             whose = f"space {index.space.name!r}" if via is None else f"view {via!r}"
             raise InputError(f"vector of shape {vector.shape}: {whose} has vectors of [{dim}], all finite")
-        return vector if via is None else index.embed(via, vector[None])[0]
+        return vector if via is None else np.asarray(index.embed(via, vector[None])[0])
 
 
 def _raw(kind: str, value: Any) -> bytes:

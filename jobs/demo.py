@@ -59,7 +59,9 @@ def main() -> None:
     args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
-def encode_rates(store: FeatureStore, steps: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, dict[str, float]]:
+def encode_rates(
+    store: FeatureStore, steps: list[dict[str, Any]], before: dict[str, Any]
+) -> dict[str, dict[str, float]]:
     """Values per second of each view's encode job, beside the bare encoder's; of an earlier run where none ran now."""
     rates = {}
     ran = {step["name"]: step for step in steps if step["stage"] == "encode" and step["span_s"]}
@@ -105,7 +107,11 @@ def _decoded(corpus: Corpus, field: str, encoder: encoders.BaseEncoder) -> list[
 
 def retrieval(store: FeatureStore) -> dict[str, dict[str, Any]]:
     """Recall per direction, from the cards of the spaces."""
-    return {direction: figures for name in store.spaces() for direction, figures in store.card("space", name)["recall"].items()}
+    return {
+        direction: figures
+        for name in store.spaces()
+        for direction, figures in store.card("space", name)["recall"].items()
+    }
 
 
 def fusion(store: FeatureStore) -> dict[str, Any]:
@@ -126,9 +132,13 @@ def show(console: Console, report: dict[str, Any]) -> None:
         table.add_row(view, f"{rates['rate']:.1f}", f"{rates['raw_rate']:.1f}")
     console.print(table)
     console.print("recall on held-out groups: gallery = the test samples (whole = all samples that have both)")
-    table = _table("query → hit", "R@1", "R@5", "R@10", "sd", "chance@10", "exact@10", "n", "splits", "whole R@10", "chance")
+    table = _table(
+        "query → hit", "R@1", "R@5", "R@10", "sd", "chance@10", "exact@10", "n", "splits", "whole R@10", "chance"
+    )
     for direction, found in report["retrieval"].items():
-        figures = [f"{found[name]:.3f}" for name in ("recall@1", "recall@5", "recall@10", "sd@10", "chance@10", "exact@10")]
+        figures = [
+            f"{found[name]:.3f}" for name in ("recall@1", "recall@5", "recall@10", "sd@10", "chance@10", "exact@10")
+        ]
         whole = [f"{found['corpus'][name]:.3f}" for name in ("recall@10", "chance@10")]
         table.add_row(direction.replace("->", " → "), *figures, f"{found['n']:.0f}", str(found["splits"]), *whole)
     console.print(table)

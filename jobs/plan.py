@@ -85,11 +85,8 @@ def view_plans(spec: Spec) -> list[encode.ViewPlan]:
 
 def build_settings(spec: Spec, stage: str) -> dict[str, dict[str, Any]]:
     """Name -> settings of the builds of a stage."""
-    parts, settings = {
-        "align": (spec.spaces, align.settings),
-        "index": (spec.indexes, index.settings),
-        "fuse": (spec.training_sets, fuse.settings),
-    }[stage]
+    parts: dict[str, Any] = {"align": spec.spaces, "index": spec.indexes, "fuse": spec.training_sets}[stage]
+    settings = {"align": align.settings, "index": index.settings, "fuse": fuse.settings}[stage]
     return {name: settings(spec.corpus.name, part.model_dump(mode="json")) for name, part in parts.items()}
 
 

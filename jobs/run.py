@@ -70,7 +70,7 @@ class Runner:
         def done() -> int:
             names = [key for key in self.storage.list(folder) if key.startswith(f"{folder}/{found.key}-")]
             written = sum(key.endswith(".parquet") for key in names)
-            return min(found.samples, written * corpus["shard_rows"])
+            return min(found.samples, written * int(corpus["shard_rows"]))
 
         with track(self.console, f"shard {corpus['name']}", found.samples, done):
             self._finish("shard", corpus["name"], begun, job.run())

@@ -102,7 +102,7 @@ def fit(storage: Storage, build: builds.Build, version: int) -> Result:
 
 def _indexed(gallery: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     """Search through an index of the kind that would be served, for the recall beside that of exact search."""
-    index = indexes.build(gallery, indexes.choose_factory(*gallery.shape, recall=0.95), seed=0)
+    index = indexes.build(gallery, indexes.choose_factory(len(gallery), gallery.shape[1], recall=0.95), seed=0)
     return indexes.search(index, queries, k)[1]
 
 
@@ -134,7 +134,7 @@ def place_build(
 def build_entry(build: builds.Build, shard: str, placed: artefact.Placed, rows: int, lineage: str) -> Entry:
     """The catalog's entry of one file of a build."""
     path, size, sha256 = placed
-    return Entry(build.kind, build.name, build.key, shard, path, rows, size, sha256, "", "", None, None, lineage)
+    return Entry(build.kind, build.name, build.key, shard, path, rows, size, sha256, lineage=lineage)
 
 
 def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> None:

@@ -183,9 +183,7 @@ class ShardEncoder:
         return self._write(task, ids, matrix, digests, reasons, rejected, len(todo))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
-        entry = Entry(
-            "", "", "", task.shard, task.rows_path, task.rows, 0, task.sha256, task.ids_sha256, "", None, None, ""
-        )
+        entry = Entry(ROWS, "", "", task.shard, task.rows_path, task.rows, 0, task.sha256, task.ids_sha256)
         return read_rows(self.storage, entry).select(["id", self.plan.field])
 
     def _values(self, task: EncodeTask, todo: list[Row]) -> Iterator[tuple[Row, np.ndarray | DecodeError, bytes]]:
@@ -248,10 +246,10 @@ class ShardEncoder:
                 f"encoder {self.plan.encoder} gave {encoded.shape} for {len(values)} values; {self.encoder.dim} values each "
                 "are expected: the encoder is wrong"
             )
-        finite = np.isfinite(encoded).all(axis=1)
+        finite: np.ndarray = np.isfinite(encoded).all(axis=1)
         return [
             vector if ok else DecodeError("nan_output", f"{self.plan.encoder} gave NaN or infinity")
-            for vector, ok in zip(encoded, finite, strict=True)
+            for vector, ok in zip(encoded, finite.tolist(), strict=True)
         ]
 
     def _write(
@@ -288,21 +286,17 @@ class ShardEncoder:
     def _result(self, task: EncodeTask, placed: artefact.Placed, footer: dict[str, Any]) -> Result:
         name, recipe = self.plan.name, self.plan.recipe
         path, size, sha256 = placed
+        ids, made_from, about = task.ids_sha256, task.sha256, self._lineage
         entries = [
-            Entry(
-                views.VIEW, name, recipe, task.shard, path, task.rows, size, sha256,
-                task.ids_sha256, task.sha256, None, None, self._lineage,
-            )
-        ]  # fmt: skip
+            Entry(views.VIEW, name, recipe, task.shard, path, task.rows, size, sha256, ids, made_from, lineage=about)
+        ]
         rejected = 0
         for path, size, sha256 in footer["quarantine"]:
             rejected = artefact.rows(self.storage.read(path))
+            scope = f"encode/{name}"
             entries.append(
-                Entry(
-                    QUARANTINE, f"encode/{name}", recipe, task.shard, path, rejected, size, sha256, "", task.sha256,
-                    None, None, "{}",
-                )
-            )  # fmt: skip
+                Entry(QUARANTINE, scope, recipe, task.shard, path, rejected, size, sha256, input_sha256=made_from)
+            )
         return result(task.shard, entries, footer["tried"], rejected, footer["example"])
 
 
@@ -310,13 +304,13 @@ class _EncodeShard(InFlight):
     """EncodeTask -> Result."""
 
     def __init__(self, storage: str, plan: ViewPlan) -> None:
-        self._storage, self._plan = storage, tuple(plan)
+        self._storage, self._plan = storage, json.dumps(plan)
         self._values = Metrics.counter("encode", "values")
         self._span_ms = Metrics.distribution("encode", "span_ms")
 
     def setup(self) -> None:
         super().setup()
-        self._encoder = ShardEncoder(Storage.from_json(self._storage), ViewPlan(*self._plan))
+        self._encoder = ShardEncoder(Storage.from_json(self._storage), ViewPlan(*json.loads(self._plan)))
         self._encoder.load()
 
     def work(self, task: EncodeTask) -> Result:

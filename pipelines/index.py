@@ -85,7 +85,9 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
 
 
 def _rows(view: View) -> pa.Table:
-    shards, numbers, ids = [], [], []
+    shards: list[str] = []
+    numbers: list[int] = []
+    ids: list[str] = []
     for shard in view.corpus.shards:
         own = view.corpus.ids(shard.shard)
         ids += own

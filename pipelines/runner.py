@@ -59,8 +59,10 @@ typed(Result)
 
 
 class InFlight(beam.DoFn):
-    """Runs `work(task)` for the tasks of a bundle, `SHARDS_IN_FLIGHT` at once, so that reading, computing and writing
-    of neighbours overlap. Results leave in the order of the tasks."""
+    """Runs `work(task)` for the tasks of a bundle, `SHARDS_IN_FLIGHT` at once; Results leave in the order of the tasks.
+
+    So reading, computing and writing of neighbours overlap.
+    """
 
     SHARDS_IN_FLIGHT = 2
 

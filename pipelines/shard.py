@@ -263,28 +263,20 @@ class ShardWriter:
         fields = {field: each["modality"] for field, each in self.corpus["fields"].items()}
         about = json.dumps({"fields": fields, "source": self.corpus["source"]["type"]}, sort_keys=True)
         count, ids, events = footer["rows"], footer["ids_sha256"], footer["events"]
+        first, last = events
         entries = [
-            Entry(ROWS, name, "", key, *rows[:1], count, *rows[1:], ids, media.sha256, *events, about),
-            Entry(MEDIA, name, "", key, *media[:1], count, *media[1:], ids, "", *events, "{}"),
-        ]
-        entries += [
             Entry(
-                QUARANTINE,
-                f"shard/{name}",
-                "",
-                key,
-                path,
-                footer["rejected"],
-                size,
-                sha256,
-                "",
-                media.sha256,
-                None,
-                None,
-                "{}",
-            )
-            for path, size, sha256 in footer["quarantine"]
+                ROWS, name, "", key, rows.path, count, rows.bytes, rows.sha256, ids, media.sha256, first, last, about
+            ),
+            Entry(MEDIA, name, "", key, media.path, count, media.bytes, media.sha256, ids, "", first, last),
         ]
+        for each in (artefact.Placed(*each) for each in footer["quarantine"]):
+            entries.append(
+                Entry(
+                    QUARANTINE, f"shard/{name}", "", key, each.path, footer["rejected"], each.bytes, each.sha256,
+                    input_sha256=media.sha256,
+                )
+            )  # fmt: skip
         return result(key, entries, footer["tried"], footer["rejected"], footer["example"])
 
     def _write_members(

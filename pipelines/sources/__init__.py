@@ -36,7 +36,10 @@ class SampleRef(NamedTuple):
 class Value(Protocol):
     """A raw value that can be fetched; raises DecodeError(reason, detail) where it cannot."""
 
-    source: str
+    @property
+    def source(self) -> str:
+        """Where it comes from, as the source gives it."""
+        ...
 
     def fetch(self) -> bytes:
         """The bytes."""
