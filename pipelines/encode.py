@@ -23,7 +23,7 @@ from apache_beam.metrics import Metrics
 
 from featurestore import artefact, encoders, vectors, views
 from featurestore.catalog import Entry, Snapshot
-from featurestore.corpora import QUARANTINE, Corpus, member_header, read_rows
+from featurestore.corpora import QUARANTINE, ROWS, Corpus, member_header, read_rows
 from featurestore.errors import AlignmentError, DecodeError
 from featurestore.identity import DIGEST_BYTES, input_digest, row_digest
 from featurestore.storage import Storage
