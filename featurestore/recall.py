@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from featurestore import splits
 from featurestore.errors import InputError
 
-__all__ = ["KS", "Pairs", "Projects", "chance", "evaluate", "exact", "first_hits", "labels", "recall_at"]
+__all__ = ["KS", "Pairs", "Projects", "chance", "evaluate", "exact", "first_hits", "labels"]
 
 KS = (1, 5, 10)
+MAX_SCORES = 2**24  # scores held at once: 64 MiB
 
 Floats = NDArray[np.floating[Any]]
 Vectors = NDArray[np.float32]
@@ -122,44 +123,49 @@ def first_hits(queries: Vectors, gallery: Vectors, query_keys: Rows, gallery_key
     return np.where(relevant.any(axis=1), ((scores >= best) & ~relevant).sum(axis=1), len(gallery))
 
 
-def recall_at(first: NDArray[np.int64], k: int) -> float:
-    """Share of the queries whose best hit is among the first k."""
-    return float(np.mean(first < k))
-
-
 def exact(gallery: Vectors, queries: Vectors, k: int) -> Rows:
-    """Brute force: the rows of the k largest inner products, best first."""
-    return np.argsort(-(queries @ gallery.T), axis=1, kind="stable")[:, :k]
-
-
-def _figures(
-    queries: Vectors, gallery: Vectors, query_keys: Rows, gallery_keys: Rows, search: Search
-) -> dict[str, float]:
-    k = max(KS)
-    found = search(gallery, queries, min(k, len(gallery)))
-    # An approximate index pads with -1, which must not read as the last row.
-    hits = (gallery_keys[found] == query_keys[:, None]) & (found >= 0)
-    relevant = (query_keys[:, None] == gallery_keys[None, :]).sum(axis=1)
-    first = first_hits(queries, gallery, query_keys, gallery_keys)
-    return {
-        **{f"recall@{k}": float(hits[:, :k].any(axis=1).mean()) for k in KS},
-        f"chance@{k}": chance(relevant, len(gallery), k),
-        f"exact@{k}": recall_at(first, k),
-        "n": len(queries),
-        "gallery": len(gallery),
-    }
-
-
-def _summary(measured: list[dict[str, float]]) -> dict[str, float]:
-    mean = {name: float(np.mean([figures[name] for figures in measured])) for name in measured[0]}
-    spread = {f"sd@{k}": float(np.std([m[f"recall@{k}"] for m in measured], ddof=1)) for k in KS}
-    return mean | spread | {"splits": len(measured)}
+    """Brute force: the rows of the k largest inner products, best first, equal scores by row where k cuts none."""
+    found = np.empty((len(queries), min(k, len(gallery))), np.int64)
+    block = max(1, MAX_SCORES // len(gallery))
+    for start in range(0, len(queries), block):
+        scores = queries[start : start + block] @ gallery.T
+        best = np.argpartition(-scores, found.shape[1] - 1, axis=1)[:, : found.shape[1]]
+        order = np.lexsort((best, -np.take_along_axis(scores, best, axis=1)), axis=1)
+        found[start : start + block] = np.take_along_axis(best, order, axis=1)
+    return found
 
 
 def labels(keys: Sequence[Hashable]) -> Rows:
     """Number the keys: equal keys, equal numbers."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def _figures(
+    queries: Vectors, gallery: Vectors, query_keys: Rows, gallery_keys: Rows, search: Search
+) -> dict[str, float]:
+    most = min(max(KS), len(gallery))
+    relevant = np.bincount(gallery_keys, minlength=query_keys.max() + 1)[query_keys]
+    hits = _hits(search(gallery, queries, most), query_keys, gallery_keys)
+    truth = _hits(exact(gallery, queries, most), query_keys, gallery_keys)
+    return {
+        **{f"recall@{k}": float(hits[:, :k].any(axis=1).mean()) for k in KS},
+        "chance@10": chance(relevant, len(gallery), 10),
+        "exact@10": float(truth[:, :10].any(axis=1).mean()),
+        "n": len(queries),
+        "gallery": len(gallery),
+    }
+
+
+def _hits(found: Rows, query_keys: Rows, gallery_keys: Rows) -> NDArray[np.bool_]:
+    """Which of the found rows are hits; an approximate index pads with -1, which must not read as the last row."""
+    return np.asarray((gallery_keys[found] == query_keys[:, None]) & (found >= 0))
+
+
+def _summary(measured: list[dict[str, float]]) -> dict[str, float]:
+    mean = {name: float(np.mean([figures[name] for figures in measured])) for name in measured[0]}
+    spread = {f"sd@{k}": float(np.std([m[f"recall@{k}"] for m in measured], ddof=1)) for k in KS}
+    return mean | spread | {"splits": len(measured)}
 
 
 def _check(pairs: Pairs) -> None:

@@ -153,7 +153,7 @@ def fit_cca(
         pair = _Moments((x - mean_x) @ axes_x, (y - mean_y) @ axes_y)
         turn_x, turn_y, correlations = pair.canonical(regularisation)
         # Which way a decomposition points is chance: let the largest coordinate be positive.
-        largest = np.take_along_axis(turn_x, np.abs(turn_x).argmax(axis=0)[None, :], axis=0)
+        largest = np.take_along_axis(turn_x, np.abs(turn_x).argmax(axis=0)[None, :], axis=0)[0]
         weights = (np.where(largest < 0, -1.0, 1.0) * correlations**power)[:dim]
         return (
             Projection(mean_x.astype(np.float32), (axes_x @ turn_x[:, :dim] * weights).astype(np.float32)),
