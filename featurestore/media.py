@@ -41,6 +41,7 @@ MAX_MEDIA_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 2**20
 MAX_AUDIO_SECONDS = 3600.0
 MAX_AUDIO_CHANNELS = 16
+MAX_AUDIO_VALUES = 2**27
 MAX_SAMPLE_RATE = 384_000
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -114,6 +115,7 @@ def decode_audio(raw: bytes, sample_rate: int, max_seconds: float | None = None)
     import soxr
 
     _check_bytes(raw, MAX_MEDIA_BYTES)
+    _refuse_cut_audio(raw)
     with _codec("audio"), soundfile.SoundFile(io.BytesIO(raw)) as source:
         frames, rate = source.frames, source.samplerate
         if source.format not in AUDIO_FORMATS:
@@ -124,15 +126,17 @@ def decode_audio(raw: bytes, sample_rate: int, max_seconds: float | None = None)
             raise DecodeError("too_large", f"{frames / rate:.0f} s of {source.channels} channels")
         if max_seconds is not None:
             frames = min(frames, max(1, round(max_seconds * rate)))
+        if frames * source.channels > MAX_AUDIO_VALUES:
+            raise DecodeError("too_large", f"{frames * source.channels} values; allowed: {MAX_AUDIO_VALUES}")
         samples = source.read(frames, dtype="float32", always_2d=True)
-        if not len(samples):
-            raise DecodeError("zero_size", "0 samples")
         if len(samples) < frames:
             raise DecodeError("decode_error", f"truncated: {len(samples)} of {frames} samples")
         mono = samples.mean(axis=1, dtype=np.float32)
         if not np.isfinite(mono).all():
             raise DecodeError("decode_error", "samples that are not finite")
         resampled: NDArray[np.float32] = soxr.resample(mono, rate, sample_rate, quality="HQ")
+        if not len(resampled):
+            raise DecodeError("zero_size", f"{len(samples)} samples at {rate} Hz are none at {sample_rate} Hz")
         return resampled
 
 
@@ -191,6 +195,23 @@ def _refuse_zero_png(raw: bytes) -> None:
     """Tell a PNG of no pixels, which Pillow calls unidentified, from other broken files."""
     if sniff_extension(raw) == "png" and raw[12:16] == b"IHDR" and len(raw) >= 24:
         _check_pixels(int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big"))
+
+
+def _refuse_cut_audio(raw: bytes) -> None:
+    """Find the truncated WAV and OGG files that libsndfile plays up to the cut without a word.
+
+    A WAV written to a pipe says 0 or 0xFFFFFFFF bytes, which means unknown. FLAC is checked after decoding.
+    """
+    declared = 0
+    if raw[:4] == b"RIFF":
+        size = int.from_bytes(raw[4:8], "little")
+        declared = 8 + size if 0 < size < 0xFFFFFFFF else 0
+    elif raw[:4] == b"OggS":
+        page = raw.rfind(b"OggS\0")
+        segments = raw[page + 27 : page + 27 + raw[page + 26]] if page + 26 < len(raw) else b""
+        declared = page + 27 + len(segments) + sum(segments)
+    if declared > len(raw):
+        raise DecodeError("decode_error", f"truncated: {len(raw)} of at least {declared} bytes")
 
 
 def _on_white(image: "Image.Image") -> "Image.Image":

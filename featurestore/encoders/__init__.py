@@ -181,8 +181,7 @@ def _option_errors(key: str, options: type[EncoderOptions], error: ValidationErr
         f"{name} ({field.description}; default {field.default})" for name, field in options.model_fields.items()
     )
     wrong = "; ".join(
-        f"option {'.'.join(map(str, found['loc']))!r} = {found['input']!r}: {found['msg']}"
-        for found in error.errors()
+        f"option {'.'.join(map(str, found['loc']))!r} = {found['input']!r}: {found['msg']}" for found in error.errors()
     )
     return f"encoder {key!r}: {wrong}. Allowed: {allowed}"
 

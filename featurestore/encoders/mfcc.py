@@ -18,7 +18,9 @@ N_MELS = 128
 class Options(EncoderOptions):
     """20 coefficients of 128 bands: librosa's defaults."""
 
-    n_mfcc: int = Field(default=20, ge=1, le=N_MELS, description="coefficients; the vector has twice as many components")
+    n_mfcc: int = Field(
+        default=20, ge=1, le=N_MELS, description="coefficients; the vector has twice as many components"
+    )
 
 
 class Encoder(BaseEncoder):

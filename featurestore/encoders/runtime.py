@@ -13,11 +13,14 @@ _MIB = 2**20
 def tune_process(torch_threads: int = 1) -> bool:
     """Keep freed memory in the process, and fix how many threads one forward uses.
 
-    Activations are allocated and freed by the megabyte; by default glibc maps and unmaps each, and the kernel zeroes
-    every page again. Call once per worker process, before the first forward; calling again changes nothing.
+    Activations are allocated and freed by the megabyte; by default glibc maps and unmaps them, and the kernel zeroes
+    every page again: EfficientNet-Lite0 took 1,000 to 3,200 page faults and 1.7 to 4.5 ms of system time for each
+    image, and none of either at batch 4 with these settings (an activation must stay below 32 MiB, the highest
+    threshold that glibc takes; at batch 16, 77 MB, 2,400 faults remain). Up to 1 GiB of freed memory stays with the
+    process. Call it once per worker process; calling it again changes nothing.
 
     Args:
-        torch_threads: threads of one operation. One, where each core has a worker of its own.
+        torch_threads: threads of one operation. One, where each core has a thread of its own that runs batches.
 
     Returns:
         Whether the allocator took the settings (glibc only; elsewhere it is left alone).
