@@ -185,5 +185,5 @@ def test_wrong_input_says_what_is_wrong() -> None:
         spaces.fit_cca(pairs.x, np.full_like(pairs.y, 0.1), 6, (1.0, 1.0), 1.0)
     missing = pairs.x.copy()
     missing[3] = np.nan
-    with pytest.raises(InputError, match="view x of shape.*finite; leave missing rows out"):
+    with pytest.raises(InputError, match=r"view x of shape.*finite; leave missing rows out"):
         spaces.fit_cca(missing, pairs.y, 6, (1.0, 1.0), 1.0)
