@@ -16,7 +16,7 @@ from featurestore.storage import Storage
 from featurestore.views import VIEW, View
 
 if TYPE_CHECKING:
-    from featurestore.training import TrainingSet
+    from featurestore.training_sets import TrainingSet
 
 
 class FeatureStore:
@@ -100,7 +100,7 @@ class FeatureStore:
 
     def training_set(self, name: str) -> "TrainingSet":
         """A training set: rows by split, the loader for torch, its card."""
-        from featurestore.training import TrainingSet
+        from featurestore.training_sets import TrainingSet
 
         return TrainingSet(self.snapshot, name)
 

@@ -1,5 +1,127 @@
-def settings(corpus, s):
-    return {"corpus": corpus, "views": s["views"], "label": s["label"], "splits": s["splits"], "seed": s["seed"]}
+"""Stage 6: assemble a late-fusion training set.
+
+One element is one set. Splits and folds go by group, heads are fitted on the train split alone, and predictions of its rows
+are out of fold. The set is published only if its certificate passes; its card holds that and the fusion table.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurestore import artefact, builds, certificate, fusion, splits, training
+from featurestore.catalog import Catalog, Entry
+from featurestore.corpora import Corpus
+from featurestore.errors import InputError
+from featurestore.fusion_table import fusion_table
+from featurestore.storage import Storage
+from featurestore.views import View
+from pipelines.align import build_entry, card_bytes
+from pipelines.runner import Commit, Job, Result, Scope, result
+
+ROWS_PER_FILE = 10_000
+TRAIN = "train"
 
 
-build = None
+def settings(corpus: str, training_set: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a training set's build, from the spec."""
+    return {"corpus": corpus, **training_set}
+
+
+class _Fuse(beam.DoFn):
+    def __init__(self, storage: str, version: int) -> None:
+        self._storage, self._version = storage, version
+
+    def process(self, element: str) -> Iterator[Result]:
+        yield make(Storage.from_json(self._storage), builds.Build(*json.loads(element)), self._version)
+
+
+def make(storage: Storage, build: builds.Build, version: int) -> Result:
+    """Assembles, certifies and places one training set.
+
+    Raises:
+        InputError: no such label column, or a certificate that fails.
+    """
+    snapshot, chosen = Catalog(storage).snapshot(version), build.settings
+    corpus = Corpus(snapshot, chosen["corpus"])
+    views = {name: View(snapshot, name) for name in chosen["views"]}
+    samples = corpus.to_arrow()
+    labelled = _labelled(samples, chosen["label"], corpus)
+    samples = samples.filter(labelled)
+    kept = np.flatnonzero(np.asarray(labelled))
+    embeddings = {name: view.matrix()[0][kept] for name, view in views.items()}
+    reasons = {
+        name: view.to_arrow(["miss_reason"])["miss_reason"].take(pa.array(kept)).to_pylist()
+        for name, view in views.items()
+    }
+    ids, groups = samples["id"].to_pylist(), samples["group"].to_pylist()
+    labels = samples[chosen["label"]].cast(pa.string()).to_pylist()
+    sides = splits.assign(groups, chosen["splits"], chosen["seed"]).tolist()
+    digests = {view.field: pc.struct_field(samples[view.field], "digest") for view in views.values()}
+    found = certificate.certify(ids, groups, sides, digests, labels)
+    certificate.require(found, f"training set {build.name!r}")
+
+    classes, y = np.unique(np.asarray(labels), return_inverse=True)
+    folds = fusion.group_folds(groups, np.asarray(sides) == TRAIN, chosen["seed"])
+    table = training.training_table(
+        {"id": ids, "group": groups, "label": labels, "split": sides, "fold": folds, "weight": _weights(y, folds)},
+        embeddings,
+        reasons,
+        {name: fusion.out_of_fold(x, y, folds, len(classes)).log_probs for name, x in embeddings.items()},
+    )
+    card = {
+        "name": build.name,
+        "build": build.key,
+        **chosen,
+        "classes": classes.tolist(),
+        "rows": {side: sides.count(side) for side in chosen["splits"]},
+        "without_label": len(labelled) - len(kept),
+        "encoders": {name: view.encoder["fingerprint"] for name, view in views.items()},
+        "certificate": found,
+        "fusion": fusion_table(embeddings, labels, groups, chosen["seed"]),
+    }
+    return result(build.key, _place(storage, build, table, card))
+
+
+def _labelled(samples: pa.Table, label: str, corpus: Corpus) -> pa.ChunkedArray:
+    columns = [name for name in samples.column_names if name not in {"shard", "row", "etag", *corpus.fields}]
+    if label not in columns:
+        raise InputError(f"corpus {corpus.name!r} has no column {label!r} to learn; it has: {', '.join(columns)}")
+    return pc.is_valid(samples[label])
+
+
+def _weights(y: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """float32 [n]: the inverse of a class's share in the train split, mean 1 there; 1 for a class that it lacks."""
+    count = np.bincount(y[folds != fusion.NOT_TRAIN], minlength=int(y.max()) + 1)
+    weight = np.where(count > 0, count.sum() / np.maximum(count, 1) / np.count_nonzero(count), 1.0)
+    return np.asarray(weight[y], np.float32)
+
+
+def _place(storage: Storage, build: builds.Build, table: pa.Table, card: dict[str, Any]) -> list[Entry]:
+    lineage = json.dumps({"settings": build.settings}, sort_keys=True)
+    entries = []
+    with storage.scratch() as folder:
+        for side in build.settings["splits"]:
+            rows = table.filter(pc.equal(table["split"], side))
+            for number, path in enumerate(training.write_split(rows, folder, side, ROWS_PER_FILE)):
+                # A Parquet file and its tar follow each other and hold the same rows.
+                count = min(ROWS_PER_FILE, len(rows) - number // 2 * ROWS_PER_FILE)
+                placed = artefact.place(storage, path, f"{build.stem}/{Path(path).stem}")
+                entries.append(build_entry(build, path.name, placed, count, lineage))
+    placed = artefact.place_bytes(storage, card_bytes(card), f"{build.stem}/card", ".json")
+    return [*entries, build_entry(build, "card", placed, 0, lineage)]
+
+
+def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> None:
+    """Puts the job of one training set into a pipeline: assemble it, then one commit."""
+    (
+        job.pipeline
+        | "Sets" >> beam.Create([json.dumps(planned)]).with_output_types(str)
+        | "FuseSets" >> beam.ParDo(_Fuse(storage.to_json(), version)).with_output_types(Result)
+        | "Commit" >> Commit(storage, f"fuse {planned.name}", [Scope(*planned[:2], planned.key)], whole=True)
+    )
