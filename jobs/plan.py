@@ -102,16 +102,33 @@ def planned_build(snapshot: Snapshot, stage: str, name: str, settings: dict[str,
 def steps(spec: Spec, snapshot: Snapshot) -> list[Step]:
     """Every step of a spec, in order, with its state."""
     first = _shard_step(spec, snapshot)
-    made = [first, *_encode_steps(spec, snapshot, first.state)]
-    unsure = {step.name: step.state for step in made[1:] if step.state != FRESH}
-    spaces = list(_build_steps(spec, snapshot, "align", unsure))
-    unsure_spaces = {step.name: step.state for step in spaces if step.state != FRESH}
+    encodes = list(_encode_steps(spec, snapshot, first.state))
+    views = _outcomes(spec, snapshot, encodes, grows=first.state != FRESH)
+    spaces = list(_build_steps(spec, snapshot, "align", views))
     return [
-        *made,
+        first,
+        *encodes,
         *spaces,
-        *_build_steps(spec, snapshot, "index", unsure, unsure_spaces),
-        *_build_steps(spec, snapshot, "fuse", unsure),
+        *_build_steps(
+            spec, snapshot, "index", views, {step.name: step.state for step in spaces if step.state != FRESH}
+        ),
+        *_build_steps(spec, snapshot, "fuse", views),
     ]
+
+
+def _outcomes(spec: Spec, snapshot: Snapshot, encodes: list[Step], *, grows: bool) -> dict[str, str]:
+    """What a view that is not fresh means to what is made from it: name -> STALE or PENDING.
+
+    Stale where the view will change for sure: it gets more rows, or another recipe. Else its lost shards are remade, in all
+    likelihood with the same bytes.
+    """
+    recipes = {plan.name: plan.recipe for plan in view_plans(spec)}
+    total = len(snapshot.entries(ROWS, spec.corpus.name))
+    return {
+        step.name: STALE if grows or len(snapshot.entries(VIEW, step.name, recipes[step.name])) != total else PENDING
+        for step in encodes
+        if step.state != FRESH
+    }
 
 
 def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
@@ -177,21 +194,14 @@ def _build_steps(
             why = "not made yet" if name not in snapshot.names(kind) else "its settings, inputs or files changed"
             yield Step(stage, name, STALE, 1, 1, why)
         elif after:
-            yield _waiting(spec, snapshot, stage, name, after)
+            yield _waiting(stage, name, after)
         else:
             yield Step(stage, name, FRESH, 0, 1, "")
 
 
-def _waiting(spec: Spec, snapshot: Snapshot, stage: str, name: str, after: dict[str, str]) -> Step:
-    """A build that is whole itself, behind inputs that are not: surely stale where one gets another recipe or more rows."""
-    recipes = {plan.name: plan.recipe for plan in view_plans(spec)}
-    surely = [view for view in after if view in recipes and _covered(snapshot, spec, view, recipes[view])]
-    if surely or any(state == STALE and each not in recipes for each, state in after.items()):
-        return Step(stage, name, STALE, 1, 1, f"made from {', '.join(sorted(after))}, which changed")
-    return Step(stage, name, PENDING, 1, 1, f"only if {', '.join(sorted(after))} comes out with other bytes")
-
-
-def _covered(snapshot: Snapshot, spec: Spec, view: str, recipe: str) -> bool:
-    """Whether a view will change for sure: it has another recipe now, or fewer rows than its corpus will have."""
-    entries = snapshot.entries(VIEW, view, recipe)
-    return len(entries) != len(snapshot.entries(ROWS, spec.corpus.name))
+def _waiting(stage: str, name: str, after: dict[str, str]) -> Step:
+    """A build that is whole itself, behind inputs that are not: surely stale where one of them will change."""
+    inputs = ", ".join(sorted(after))
+    if STALE in after.values():
+        return Step(stage, name, STALE, 1, 1, f"made from {inputs}, which changes")
+    return Step(stage, name, PENDING, 1, 1, f"only if {inputs} comes out with other bytes")
