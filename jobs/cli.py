@@ -39,7 +39,8 @@ def main() -> None:
 def _say() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    # Piped, lines are for programs: they are not folded at 80 columns.
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 
 
 def _spec(path: Path) -> Any:

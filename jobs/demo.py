@@ -9,6 +9,7 @@ The raw forward rates are: the bare encoder on decoded values, on as many thread
 import argparse
 import json
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ from featurestore.views import View
 from jobs import spec as specs
 from jobs.report import field_counts
 
+WIDTH = 130
 RAW_SECONDS = 4.0
 RAW_VALUES = 256
 
@@ -39,7 +41,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     begun = time.monotonic()
-    spec, console = specs.load(args.spec), Console(highlight=False, soft_wrap=True)
+    spec, console = (
+        specs.load(args.spec),
+        Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH),
+    )
     store = FeatureStore(spec.store)
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
     steps = json.loads(args.metrics.read_text())
