@@ -110,8 +110,11 @@ def _cell(tests: Sequence[tuple[Mask, Mask]], groups: Sequence[Ints], draws: Flo
     right = np.stack([np.bincount(g, r, n_groups) for (r, _), g in zip(tests, groups, strict=True)], axis=1)
     count = np.stack([np.bincount(g, minlength=n_groups) for g in groups], axis=1)
     with heads.one_thread():
-        drawn = ((draws @ right) / (draws @ count)).mean(axis=1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
+        right_drawn, drawn = draws @ right, draws @ count
+    # A draw may hold no group of a small split's test samples: that split then tells nothing, and the others count.
+    splits_drawn = (drawn > 0).sum(axis=1)
+    accuracy = (right_drawn / np.maximum(drawn, 1)).sum(axis=1)[splits_drawn > 0] / splits_drawn[splits_drawn > 0]
+    low, high = np.percentile(accuracy, [2.5, 97.5])
     return {
         "accuracy": float(np.mean([r.mean() for r, _ in tests])),
         "ci95": [float(low), float(high)],
