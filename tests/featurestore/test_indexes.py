@@ -69,6 +69,13 @@ def test_the_same_vectors_and_seed_give_the_same_bytes_on_any_number_of_threads(
         assert indexes.serialise(indexes.build(VECTORS, factory, 1)) not in made
 
 
+def test_one_thread_builds_and_the_processs_own_number_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(faiss, "omp_set_num_threads", asked.append)
+    indexes.build(VECTORS, "Flat", 0)
+    assert asked == [1, faiss.omp_get_max_threads()]
+
+
 def test_an_index_comes_back_from_its_bytes(index: faiss.Index) -> None:
     kind = next(kind for kind in KINDS if kind.startswith(indexes._kind(index)))
     back = indexes.deserialise(indexes.serialise(index), kind, DIM, 1000)
