@@ -55,7 +55,7 @@ def member_header(sample_id: str, field: str, ext: str, size: int) -> bytes:
     """The bytes that stand before a value in its shard's tar: they bind it to its sample and field."""
     info = tarfile.TarInfo(member_name(sample_id, field, ext))
     info.size = size
-    return info.tobuf(tarfile.PAX_FORMAT)
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
 
 
 class Corpus:
@@ -184,9 +184,14 @@ def _located(rows: pa.Table, key: str) -> pa.Table:
 
 def read_rows(storage: Storage, entry: Entry) -> pa.Table:
     """The rows of a corpus shard, checked: the file's sha256, the number of rows, and the digest of its ids."""
-    table = artefact.read_table(artefact.read_checked(storage, entry.path, entry.sha256))
+    content = artefact.read_checked(storage, entry.path, entry.sha256)
+    with artefact.parsing(entry.path):
+        table = artefact.read_table(content)
     if len(table) != entry.rows:
         raise AlignmentError(f"{entry.path}: {len(table)} rows where the catalog says {entry.rows}; run `braid verify`")
+    strange = [name for name in entry.info().get("fields", {}) if _type(table.schema, name) != MEMBER]
+    if strange or _type(table.schema, "id") != pa.string():
+        raise AlignmentError(f"{entry.path}: {(strange or ['id'])[0]!r} is not what it should be; run `braid verify`")
     if ids_sha256(table["id"].to_pylist()) != entry.ids_sha256:
         raise AlignmentError(f"{entry.path}: its ids are not the ones that the catalog names; run `braid verify`")
     for row, problem in disordered(table):
@@ -194,6 +199,10 @@ def read_rows(storage: Storage, entry: Entry) -> pa.Table:
             f"{entry.path}: {problem} (row {row}, id {table['id'][row].as_py()!r}); run `braid verify`"
         )
     return table.replace_schema_metadata(None)
+
+
+def _type(schema: pa.Schema, name: str) -> pa.DataType | None:
+    return schema.field(name).type if schema.names.count(name) == 1 else None
 
 
 def disordered(rows: pa.Table) -> Iterator[tuple[int, str]]:

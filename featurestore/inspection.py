@@ -181,6 +181,7 @@ def view_shard(look: Inspection, view: Entry, rows: Entry, quarantine: Entry | N
             stored, count, table = look.parquet(view)
             for problem in views.unmet(stored, count, view, rows):
                 look.say(view, problem)
+            look.claims(view, artefact.footer_of(stored), {"quarantine": [_placed(quarantine)]})
             if table is not None:
                 rejected = _view_rows(look, view, table, read_rows(look.storage, rows))
     _quarantine(look, view, quarantine, rejected)
@@ -188,16 +189,14 @@ def view_shard(look: Inspection, view: Entry, rows: Entry, quarantine: Entry | N
 
 def _corpus_rows(look: Inspection, rows: Entry, media: Entry | None, quarantine: Entry | None) -> pa.Table | None:
     stored, count, table = look.parquet(rows)
-    named = [[each.path, each.bytes, each.sha256] for each in (media, quarantine) if each is not None]
-    media_entry = named[: media is not None]
     claims: dict[str, Sequence[Any]] = {
         "kind": [ROWS],
         "name": [rows.name],
         "shard": [rows.shard],
         "rows": [rows.rows, count],
         "ids_sha256": [rows.ids_sha256],
-        "media": media_entry,
-        "quarantine": [named[len(media_entry) :]],
+        "media": _placed(media),
+        "quarantine": [_placed(quarantine)],
     }
     look.claims(rows, artefact.footer_of(stored), claims)
     fields = rows.info()["fields"]
@@ -212,6 +211,11 @@ def _corpus_rows(look: Inspection, rows: Entry, media: Entry | None, quarantine:
     for row, problem in disordered(table):
         look.say(rows, problem, row, ids[row])
     return table
+
+
+def _placed(entry: Entry | None) -> list[list[Any]]:
+    """How a footer names a file that was written before it; nothing where there is none."""
+    return [] if entry is None else [[entry.path, entry.bytes, entry.sha256]]
 
 
 class _Value(NamedTuple):

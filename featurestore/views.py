@@ -170,18 +170,20 @@ class View:
             raise NotFound(f"view {self.name!r} has no shard {shard!r} in version {self.version}")
         entry = self._entries[shard]
         content = artefact.read_checked(self.storage, entry.path, entry.sha256)
-        stored = pq.read_schema(pa.BufferReader(content))
-        for problem in unmet(stored, artefact.rows(content), entry, self.corpus.shard(shard)):
+        with artefact.parsing(entry.path):
+            stored, rows = pq.read_schema(pa.BufferReader(content)), artefact.rows(content)
+        for problem in unmet(stored, rows, entry, self.corpus.shard(shard)):
             raise AlignmentError(
                 f"{entry.path}: {problem}; shard {shard} of view {self.name!r} is not aligned: run `braid verify`"
             )
-        table = artefact.read_table(content).replace_schema_metadata(None)
+        with artefact.parsing(entry.path):
+            table = artefact.read_table(content).replace_schema_metadata(None)
         if shard not in self._proven:
-            rows = self.corpus.read(shard)
-            for row, problem in misaligned(table, self.corpus.ids(shard), rows[self.field]):
+            ids = self.corpus.ids(shard)
+            for row, problem in misaligned(table, ids, self.corpus.read(shard)[self.field]):
                 raise AlignmentError(
-                    f"{entry.path}: {problem}; shard {shard}, row {row}, id {rows['id'][row].as_py()!r} of view "
-                    f"{self.name!r}: run `braid verify`"
+                    f"{entry.path}: {problem}; shard {shard}, row {row}, id {ids[row]!r} of view {self.name!r}: run "
+                    "`braid verify`"
                 )
             self._proven.add(shard)
         return table

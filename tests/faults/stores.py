@@ -1,0 +1,233 @@
+"""A small whole store to break, ways to break it, and what its readers may return once it is broken."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore import artefact, builds, spaces
+from featurestore import vectors as codec
+from featurestore.catalog import Catalog, Change, Entry, Snapshot
+from featurestore.corpora import QUARANTINE, Corpus
+from featurestore.errors import NotFound, StoreError
+from featurestore.storage import Storage
+from featurestore.views import VIEW, View
+from pipelines import align, encode, index, runner, shard
+from pipelines.sources import open_source
+from tests.planted import SHARD_ROWS, write_planted
+
+SAMPLES = 48
+VIEWS = {"sound": "log-mel", "timbre": "mfcc"}
+FIELDS = ("caption", "sound")
+
+
+def corpus_settings(folder: Path, n: int = SAMPLES, bad: bool = True) -> dict[str, Any]:
+    """The corpus part of a spec over `n` planted samples, 7 more and 10 bad values where `bad`."""
+    manifest = write_planted(folder, n=n, bad=bad)
+    return {
+        "name": "planted",
+        "source": {"type": "manifest", "path": str(manifest)},
+        "columns": {"id": "id", "group": "group", "event_timestamp": "added"},
+        "fields": {
+            "caption": {"modality": "text", "from": "caption", "read": "inline"},
+            "sound": {"modality": "audio", "from": "sound_path", "read": "file"},
+        },
+        "shard_rows": SHARD_ROWS,
+        "shard_mb": 64,
+        "failure_budget": 0.2,
+    }
+
+
+def shard_corpus(storage: Storage, corpus: dict[str, Any]) -> None:
+    """The shard stage."""
+    catalog = Catalog(storage)
+    catalog.create()
+    snapshot = catalog.snapshot()
+    ingest = shard.scan(open_source(corpus), shard.known_etags(snapshot, corpus["name"]))
+    job = runner.Job()
+    shard.build(job, storage, corpus, ingest, snapshot.version)
+    job.run()
+
+
+def encode_view(storage: Storage, name: str, encoder: str, options: dict[str, Any] | None = None) -> None:
+    """The encode stage of one view, its shards one after the other without Beam."""
+    plan = encode.view_plan(name, "planted", "sound", encoder, options or {})
+    tasks = encode.stale(Catalog(storage).snapshot(), plan, storage.list(encode.folder(plan)))
+    worker = encode.ShardEncoder(storage, plan)
+    scopes = [runner.Scope(VIEW, name, plan.recipe), runner.Scope(QUARANTINE, f"encode/{name}", plan.recipe)]
+    publish(storage, [worker.encode(task) for task in tasks], scopes)
+
+
+def build_index(storage: Storage) -> None:
+    """A space of 8 dimensions, learned as the align stage learns one but not evaluated, and the index stage."""
+    snapshot = Catalog(storage).snapshot()
+    settings = align.settings("planted", {"views": [*VIEWS], "method": "cca", "dim": 8})
+    planned = builds.plan(snapshot, builds.SPACE, "heard", settings)
+    found, _ = align.pairs(snapshot, [*VIEWS])
+    projections = dict(zip(VIEWS, spaces.fit_cca(found.x, found.y, 8, (1.0, 1.0), 1.0), strict=True))
+    space = spaces.Space("heard", "cca", 8, projections, {})
+    files = {"space.safetensors": space.to_bytes(), "card.json": align.card_bytes({"name": "heard"})}
+    lineage = json.dumps({"settings": settings}, sort_keys=True)
+    publish(
+        storage,
+        [align.place_build(storage, planned, files, lineage)],
+        [runner.Scope(*planned[:2], planned.key)],
+        whole=True,
+    )
+    snapshot = Catalog(storage).snapshot()
+    settings = index.settings("planted", {"space": "heard", "views": [*VIEWS], "recall": 1.0})
+    planned = builds.plan(snapshot, builds.INDEX, "heard", settings)
+    publish(
+        storage, [index.make(storage, planned, snapshot.version)], [runner.Scope(*planned[:2], planned.key)], whole=True
+    )
+
+
+def publish(storage: Storage, results: list[runner.Result], scopes: list[runner.Scope], whole: bool = False) -> None:
+    """Commits results as a job's last step does."""
+    Catalog(storage).commit("test", runner.changes(results, scopes, whole))
+
+
+class Broken:
+    """A copy of the store that can be broken, naively (a file changed on disk) or forged (the catalog changed with it)."""
+
+    def __init__(self, whole: Storage, folder: Path) -> None:
+        shutil.copytree(whole.root, folder)
+        self.storage = Storage.of(folder)
+        self.folder = folder
+
+    def snapshot(self) -> Snapshot:
+        """The newest."""
+        return Catalog(self.storage).snapshot()
+
+    def entry(self, kind: str, name: str, position: int) -> Entry:
+        """The entry of the shard at a position."""
+        return self.snapshot().entries(kind, name)[position]
+
+    def path(self, entry: Entry) -> Path:
+        """A file on disk."""
+        return self.folder / entry.path
+
+    def read(self, entry: Entry) -> pa.Table:
+        """A Parquet file as it is, its footer with it."""
+        return pq.read_table(self.path(entry))
+
+    def change(self, entry: Entry, content: bytes | None, forged: bool, rows: int | None = None, **claims: Any) -> None:
+        """Gives a file other content (None: none), and where `forged` the catalog an entry that bears it out."""
+        if not forged:
+            self.path(entry).unlink()
+            if content is not None:
+                self.path(entry).write_bytes(content)
+            return
+        if content is None:
+            return self.commit(entry, None)
+        stem, ext = entry.path.rpartition("-")[0], Path(entry.path).suffix
+        placed = artefact.place_bytes(self.storage, content, stem, ext)
+        count = entry.rows if rows is None else rows
+        claims = {"path": placed.path, "bytes": placed.bytes, "sha256": placed.sha256, "rows": count} | claims
+        return self.commit(entry, entry._replace(**claims))
+
+    def commit(self, old: Entry, new: Entry | None) -> None:
+        """Replaces an entry of the catalog, or takes it away."""
+        kept = [each for each in self.snapshot().entries(old.kind, old.name) if each != old]
+        entries = tuple([*kept, new] if new is not None else kept)
+        by_recipe = {old.recipe, *(entry.recipe for entry in entries)}
+        changes = [
+            Change(old.kind, old.name, recipe, tuple(entry for entry in entries if entry.recipe == recipe))
+            for recipe in sorted(by_recipe)
+        ]
+        Catalog(self.storage).commit("break", changes)
+
+    def rewrite(self, entry: Entry, table: pa.Table, forged: bool) -> None:
+        """Gives a Parquet file another table; a forged one has a footer that bears out its number of rows."""
+        footer = artefact.footer_of(table.schema)
+        if forged:
+            footer |= {"rows": len(table)}
+        with self.storage.scratch() as folder:
+            artefact.write_table(table, folder / "x.parquet", footer)
+            content = (folder / "x.parquet").read_bytes()
+        self.change(entry, content, forged, len(table))
+
+
+class Truth(NamedTuple):
+    """What the readers of the whole store give, by id, and the ids of each shard in order."""
+
+    shards: dict[str, list[str]]
+    raw: dict[tuple[str, str], bytes | None]
+    rows: dict[str, Any]
+    vectors: dict[str, dict[str, bytes | None]]
+
+
+def truth(storage: Storage) -> Truth:
+    """Reads a whole store."""
+    snapshot = Catalog(storage).snapshot()
+    corpus = Corpus(snapshot, "planted")
+    shards = {entry.shard: corpus.ids(entry.shard) for entry in corpus.shards}
+    raw = {
+        (sample_id, field): corpus.value(shard_key, row, field)
+        for shard_key, ids in shards.items()
+        for row, sample_id in enumerate(ids)
+        for field in FIELDS
+    }
+    vectors = {name: _vectors_by_id(View(snapshot, name).to_arrow()) for name in VIEWS}
+    return Truth(shards, raw, _rows_by_id(corpus.to_arrow()), vectors)
+
+
+def _vectors_by_id(table: pa.Table) -> dict[str, bytes | None]:
+    matrix = codec.matrix(table["embedding"])
+    here = zip(table["id"].to_pylist(), matrix, table["embedding"].is_valid().to_pylist(), strict=True)
+    return {sample_id: vector.tobytes() if valid else None for sample_id, vector, valid in here}
+
+
+def _rows_by_id(table: pa.Table) -> dict[str, Any]:
+    return {
+        each["id"]: [each["group"], each["label"], *(each[name]["digest"] for name in FIELDS)]
+        for each in table.to_pylist()
+    }
+
+
+def misreadings(storage: Storage, right: Truth) -> list[str]:
+    """Calls every reader: names those that return a row that is not its sample's. Refusing is allowed."""
+    snapshot = Catalog(storage).snapshot()
+    wrong: list[str] = []
+
+    def call(what: str, read: Callable[[], dict[Any, Any]], of: dict[Any, Any]) -> None:
+        try:
+            found = read()
+        except (StoreError, NotFound):
+            return
+        if any(of.get(key, "no such sample") != value for key, value in found.items()):
+            wrong.append(what)
+
+    corpus = Corpus(snapshot, "planted")
+    call("Corpus.to_arrow", lambda: _rows_by_id(corpus.to_arrow()), right.rows)
+    for entry in corpus.shards:
+        call(f"Corpus.read({entry.shard})", lambda key=entry.shard: _rows_by_id(corpus.read(key)), right.rows)
+        for row in range(entry.rows):
+            for field in FIELDS:
+
+                def value(key: str = entry.shard, row: int = row, field: str = field) -> dict[Any, Any]:
+                    return {(corpus.ids(key)[row], field): corpus.value(key, row, field)}
+
+                call(f"Corpus.value({entry.shard}, {row}, {field})", value, right.raw)
+    for name, of in right.vectors.items():
+        try:
+            view = View(snapshot, name)
+        except (StoreError, NotFound):
+            continue
+        call(f"View.to_arrow of {name}", lambda view=view: _vectors_by_id(view.to_arrow()), of)
+        call(f"View.matrix of {name}", lambda view=view: _matrix(view, right), of)
+        call(f"View.take of {name}, by row", lambda view=view: _vectors_by_id(view.take(range(view.rows))), of)
+        for key, ids in right.shards.items():
+            call(f"View.take of {name}, {key}", lambda view=view, ids=ids: _vectors_by_id(view.take(ids)), of)
+    return wrong
+
+
+def _matrix(view: View, right: Truth) -> dict[str, bytes | None]:
+    vectors, present = view.matrix()
+    ids = [sample_id for entry in view.corpus.shards for sample_id in right.shards.get(entry.shard, [])]
+    here = zip(ids, vectors, present, strict=True)
+    return {sample_id: vector.tobytes() if valid else None for sample_id, vector, valid in here}
