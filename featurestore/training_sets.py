@@ -11,7 +11,7 @@ from featurestore.errors import AlignmentError, InputError
 from featurestore.search import read_card
 
 if TYPE_CHECKING:
-    from featurestore.training import Batches
+    from featurestore.loader import Batches
 
 FORMATS = ("parquet", "tar")
 
@@ -56,9 +56,9 @@ class TrainingSet:
     def torch(self, split: str, batch_size: int, seed: int = 0, views: Sequence[str] | None = None) -> "Batches":
         """Batches of a split for PyTorch, in an order that is a function of (this build, seed, epoch) alone.
 
-        See `featurestore.training.Batches` for what a batch holds and what `state_dict()` promises.
+        See `featurestore.loader.Batches` for what a batch holds and what `state_dict()` promises.
         """
-        from featurestore.training import torch_dataset
+        from featurestore.loader import torch_dataset
 
         chosen = list(views) if views is not None else self.views
         unknown = [view for view in chosen if view not in self.views]
