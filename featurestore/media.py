@@ -152,7 +152,7 @@ def sniff_extension(raw: bytes) -> str:
             return extension
     if raw[:4] == b"RIFF":
         return {b"WEBP": "webp", b"WAVE": "wav"}.get(raw[8:12], "bin")
-    return "txt" if _looks_like_text(raw[:4096]) else "bin"
+    return "txt" if _looks_like_text(raw[:4096], whole=len(raw) <= 4096) else "bin"
 
 
 _MAGIC = (
@@ -168,10 +168,10 @@ _MAGIC = (
 )
 
 
-def _looks_like_text(head: bytes) -> bool:
+def _looks_like_text(head: bytes, *, whole: bool) -> bool:
     try:
-        # Not final: a character cut in two by the 4 KiB is no fault of the text.
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        # A character cut in two by the 4 KiB is no fault of the text.
+        text = codecs.getincrementaldecoder("utf-8")().decode(head, final=whole)
     except UnicodeDecodeError:
         return False
     return bool(head) and not re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text)

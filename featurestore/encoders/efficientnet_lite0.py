@@ -96,7 +96,7 @@ class Encoder(BaseEncoder):
 
         (path,) = self.weights().values()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return build(state).eval().to(memory_format=torch.channels_last)
+        return build(state).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build(state: Mapping[str, "torch.Tensor"]) -> "torch.nn.Module":
@@ -141,7 +141,7 @@ def _residual(body: "list[torch.nn.Module]") -> "torch.nn.Module":
 
     class Residual(nn.Sequential):
         def forward(self, x_BCHW: Tensor) -> Tensor:
-            out: Tensor = super().forward(x_BCHW)
+            out: Tensor = super().forward(x_BCHW)  # type: ignore[no-untyped-call]
             return out.add_(x_BCHW)
 
     return Residual(*body)

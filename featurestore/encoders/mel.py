@@ -117,6 +117,7 @@ def _mel_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
 @lru_cache(maxsize=8)
 def _dct_MK(n_mels: int, n_mfcc: int) -> NDArray[np.float32]:
     band, order = np.arange(n_mels)[:, None], np.arange(n_mfcc)[None, :]
-    basis = np.cos(np.pi / n_mels * (band + 0.5) * order) * math.sqrt(2.0 / n_mels)
+    basis: NDArray[np.float64] = np.cos(np.pi / n_mels * (band + 0.5) * order) * math.sqrt(2.0 / n_mels)
     basis[:, 0] /= math.sqrt(2.0)
-    return basis.astype(np.float32)
+    cosines: NDArray[np.float32] = basis.astype(np.float32)
+    return cosines

@@ -1,0 +1,263 @@
+"""What every encoder promises, checked on each that there is, with its real weights."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from featurestore import encoders, media
+from featurestore.encoders import BaseEncoder
+from featurestore.encoders.runtime import tune_process
+from featurestore.errors import DecodeError, InputError
+
+KEYS = encoders.keys()
+every = pytest.mark.parametrize("key", KEYS)
+# An option of each encoder with a value that is not its default.
+OTHER_OPTION = {
+    "efficientnet-lite0": {"batch_size": 8},
+    "log-mel": {"n_mels": 32},
+    "mfcc": {"n_mfcc": 13},
+    "minilm-l6": {"batch_size": 8},
+}
+
+
+@cache
+def loaded(key: str) -> BaseEncoder:
+    tune_process()
+    return encoders.find(key)
+
+
+def image(color: str, size: tuple[int, int]) -> bytes:
+    drawn = Image.new("RGB", size, "white")
+    drawn.paste(color, (size[0] // 4, size[1] // 4, size[0] // 2, size[1]))
+    buffer = io.BytesIO()
+    drawn.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sound(hertz: float, seconds: float) -> bytes:
+    wave = np.sin(2 * np.pi * hertz * np.arange(round(16_000 * seconds)) / 16_000)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave * 0.5, 16_000, format="WAV")
+    return buffer.getvalue()
+
+
+# Seven values of unlike sizes, none of them alike.
+VALUES: dict[str, list[bytes]] = {
+    "text": [
+        *(f"a {color} bird".encode() for color in ("red", "blue", "green", "black")),
+        b"x",
+        "Ein Vogel, рыба und 🐸.".encode(),
+        b"a long text " * 60,
+    ],
+    "image": [
+        *(image(color, (200, 90)) for color in ("red", "blue", "green", "black")),
+        image("red", (1, 1)),
+        image("red", (40, 300)),
+        image("red", (500, 500)),
+    ],
+    "audio": [
+        *(sound(hertz, 1) for hertz in (110, 220, 440, 880)),
+        sound(1760, 0.01),
+        sound(3000, 3),
+        sound(55, 0.3),
+    ],
+}
+# The emptiest value of each modality that is still valid.
+PLAINEST = {"text": b"a", "image": image("white", (64, 64)), "audio": sound(0, 1)}
+
+
+def decoded(key: str) -> list[Any]:
+    encoder = loaded(key)
+    return [encoder.decode(raw) for raw in VALUES[encoder.modality]]
+
+
+def test_every_file_is_found_by_its_name() -> None:
+    assert KEYS == ["efficientnet-lite0", "log-mel", "mfcc", "minilm-l6"]
+    assert sorted(OTHER_OPTION) == KEYS
+
+
+@every
+def test_shape_and_dtype(key: str) -> None:
+    encoder = loaded(key)
+    vectors = encoder.encode(decoded(key))
+    assert vectors.shape == (len(decoded(key)), encoder.dim)
+    assert vectors.dtype == np.dtype(encoder.dtype) == np.float32
+    assert encoder.encode([]).shape == (0, encoder.dim)
+
+
+@every
+def test_a_batch_of_one_gives_what_a_batch_gives_and_in_order(key: str) -> None:
+    encoder, values = loaded(key), decoded(key)
+    together = encoder.encode(values)
+    alone = np.concatenate([encoder.encode([value]) for value in values])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    between = np.linalg.norm(together[:, None] - together[None], axis=2) + np.eye(len(values)) * 9
+    assert between.min() > 1e-2, "two values look alike, so an order could not be seen"
+
+
+@every
+def test_same_values_give_the_same_bytes_twice_and_in_threads(key: str) -> None:
+    encoder, values = encoders.find(key), decoded(key)
+    with ThreadPoolExecutor(4) as pool:
+        # The first calls race for loading the model.
+        results = [future.result().tobytes() for future in [pool.submit(encoder.encode, values) for _ in range(4)]]
+    assert set(results) == {loaded(key).encode(values).tobytes()}
+
+
+@every
+def test_the_plainest_value_gives_a_finite_vector(key: str) -> None:
+    encoder = loaded(key)
+    assert np.isfinite(encoder.encode([encoder.decode(PLAINEST[encoder.modality])])).all()
+
+
+@every
+def test_vectors_are_of_length_one_where_it_says_so(key: str) -> None:
+    lengths = np.linalg.norm(loaded(key).encode(decoded(key)), axis=1)
+    assert np.allclose(lengths, 1.0, atol=1e-5) == loaded(key).normalised
+
+
+@every
+@pytest.mark.parametrize("bad", [b"", b"\xff\xfe\x00 neither text nor media"])
+def test_a_bad_value_fails_by_itself_when_decoded(key: str, bad: bytes) -> None:
+    with pytest.raises(DecodeError) as caught:
+        encoders.find(key).decode(bad)
+    assert caught.value.reason in media.REASONS
+
+
+@every
+def test_length_grows_with_the_value_or_is_zero(key: str) -> None:
+    encoder = loaded(key)
+    lengths = [encoder.length(value) for value in decoded(key)]
+    assert all(length >= 0 for length in lengths)
+    if encoder.modality == "text":
+        assert max(lengths) == lengths[-1]
+
+
+@every
+def test_fingerprint_changes_with_an_option_and_with_nothing_else(key: str) -> None:
+    fingerprint = encoders.find(key).fingerprint()
+    assert len(bytes.fromhex(fingerprint)) == 32
+    assert encoders.find(key, {}).fingerprint() == loaded(key).fingerprint() == fingerprint
+    assert encoders.find(key, OTHER_OPTION[key]).fingerprint() != fingerprint
+
+
+@every
+def test_fingerprint_changes_with_a_library_and_with_preprocessing(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoders.find(key)
+    before = encoder.fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(encoder), "preprocessing", lambda self: {"other": 1})
+        assert encoder.fingerprint() != before
+    monkeypatch.setattr(encoders, "_version", lambda name: "0.0")
+    assert encoder.fingerprint() != before
+
+
+@pytest.mark.parametrize("key", ["efficientnet-lite0", "minilm-l6"])
+def test_fingerprint_changes_with_one_byte_of_the_weights(
+    key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    encoder = encoders.find(key)
+    name, path = max(encoder.weights().items(), key=lambda item: item[1].stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    before, files = encoder.fingerprint(), {**encoder.weights(), name: tmp_path / name}
+    monkeypatch.setattr(encoder, "weights", lambda: files)
+    assert encoder.fingerprint() != before
+
+
+def test_fingerprints_are_those_of_another_process_and_import_no_torch() -> None:
+    script = (
+        "import json, sys; from featurestore import encoders;"
+        "print(json.dumps([{k: encoders.find(k).fingerprint() for k in encoders.keys()},"
+        " sorted({'torch', 'transformers', 'PIL', 'soundfile'} & set(sys.modules))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    fingerprints, imported = json.loads(done.stdout)
+    assert imported == []
+    assert fingerprints == {key: encoders.find(key).fingerprint() for key in KEYS}
+
+
+@every
+def test_card_says_what_the_vectors_are(key: str) -> None:
+    encoder = encoders.find(key, OTHER_OPTION[key])
+    card = encoder.card()
+    assert json.loads(json.dumps(card, allow_nan=False)) == card
+    assert card["key"] == key
+    assert card["dim"] == encoder.dim
+    assert card["modality"] in ("text", "image", "audio")
+    assert card["options"].items() >= OTHER_OPTION[key].items()
+    assert card["licence"] == "Apache-2.0"
+    assert set(card) >= {"dtype", "normalised", "source", "preprocessing", "weights", "libraries"}
+
+
+def test_an_unknown_key_names_the_nearest_and_all() -> None:
+    with pytest.raises(InputError, match=r"'minilm' does not exist; did you mean 'minilm-l6'\? allowed: efficient"):
+        encoders.find("minilm")
+
+
+@pytest.mark.parametrize("shared", ["mel", "runtime", "../media", "log_mel"])
+def test_what_encoders_share_is_no_encoder(shared: str) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        encoders.find(shared)
+
+
+@every
+def test_an_unknown_option_names_what_is_allowed(key: str) -> None:
+    with pytest.raises(InputError, match=rf"encoder '{key}': option 'bach_size' = 3.*Allowed: batch_size \("):
+        encoders.find(key, {"bach_size": 3})
+
+
+@every
+@pytest.mark.parametrize("size", [0, -1, "many", math.nan])
+def test_a_batch_size_out_of_range_is_refused(key: str, size: Any) -> None:
+    with pytest.raises(InputError, match="option 'batch_size'"):
+        encoders.find(key, {"batch_size": size})
+
+
+def test_efficientnet_features_are_those_of_the_package_its_weights_were_made_for() -> None:
+    # efficientnet_lite_pytorch 0.1.0: EfficientNet.from_name("efficientnet-lite0") with the same checkpoint,
+    # extract_features((pixels - 127) / 128).mean((2, 3)); its six largest features and the sum of all.
+    y, x, channel = np.mgrid[0:224, 0:224, 0:3]
+    pixels = ((3 * x + 5 * y + 40 * channel) % 256).astype(np.uint8)
+    (features,) = loaded("efficientnet-lite0").encode([pixels])
+    expected = [4.76534, 4.13834, 4.04776, 4.0104, 3.56031, 3.5434]
+    np.testing.assert_allclose(features[[113, 897, 287, 1056, 400, 1263]], expected, atol=1e-4)
+    assert features.sum() == pytest.approx(203.51373, abs=5e-3)
+
+
+def test_minilm_vectors_are_those_of_sentence_transformers() -> None:
+    # sentence-transformers 6.2.0 on the same folder: encode(text)[:4].
+    texts = {
+        "a red bird": [0.03832, 0.02635, -0.071966, 0.044936],
+        "Zwei Katzen.": [-0.021476, 0.101972, 0.01833, 0.000068],
+        "a long text " * 200: [-0.030637, -0.046781, 0.044385, -0.039942],
+    }
+    vectors = loaded("minilm-l6").encode(list(texts))
+    np.testing.assert_allclose(vectors[:, :4], list(texts.values()), atol=1e-5)
+
+
+def test_the_whole_image_is_kept_and_centred_on_white() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (400, 100), "black").save(buffer, "PNG")
+    pixels = loaded("efficientnet-lite0").decode(buffer.getvalue())
+    rows = np.flatnonzero((pixels == 0).all(axis=(1, 2)))
+    assert (rows[0], rows[-1], len(rows)) == (84, 139, 56)
+    assert (pixels[[0, 83, 140, 223]] == 255).all()
+
+
+@pytest.mark.parametrize("key", ["log-mel", "mfcc"])
+def test_sound_is_cut_at_thirty_seconds(key: str) -> None:
+    encoder = loaded(key)
+    thirty, longer = sound(440, 30), sound(440, 31)
+    assert np.array_equal(encoder.encode([encoder.decode(longer)]), encoder.encode([encoder.decode(thirty)]))

@@ -1,0 +1,257 @@
+"""Bytes that nobody vouches for: what is decoded, and which reason each kind of damage gets."""
+
+import io
+import struct
+import zlib
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from featurestore import media
+from featurestore.errors import DecodeError
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(side: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8))
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def tone(kind: str, subtype: str, rate: int = 48_000, hertz: float = 440.0, seconds: float = 1.0) -> bytes:
+    wave = np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave[:, None] * [0.5, 0.1], rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def wav(samples: np.ndarray, rate: int = 16_000, kind: str = "WAV", subtype: str = "FLOAT") -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def reason(decode: object, *arguments: object) -> str:
+    with pytest.raises(DecodeError) as caught:
+        decode(*arguments)  # type: ignore[operator]
+    assert caught.value.reason in media.REASONS
+    assert "0x" not in caught.value.detail, "an address would change the quarantine's bytes from run to run"
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP"])
+def test_a_lossless_image_comes_back_as_it_was(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(media.decode_image(encoded(noise(), kind, **options)), noise())
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparency_is_laid_on_white(mode: str) -> None:
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    image.putpixel((2, 0), (0, 0, 0, 127))
+    pixels = np.asarray(media.decode_image(encoded(image.convert(mode), "TIFF")))
+    assert pixels[0, :, 0].tolist() == [255, 0, 128]
+
+
+def test_a_palette_with_a_transparent_colour_is_laid_on_white() -> None:
+    image = Image.new("P", (2, 1), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((0, 0), 0)
+    pixels = np.asarray(media.decode_image(encoded(image, transparency=0)))
+    assert pixels[0].tolist() == [[255, 255, 255], [0, 0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("1", "PNG"), ("L", "GIF"), ("CMYK", "TIFF"), ("CMYK", "JPEG"), ("LAB", "TIFF")]
+)
+def test_every_mode_becomes_rgb(mode: str, kind: str) -> None:
+    white = Image.new("RGB", (16, 16), "white")
+    if mode == "LAB":
+        lab = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(white, lab[1], lab[0], outputMode="LAB")
+    else:
+        image = white.convert(mode)
+    decoded = media.decode_image(encoded(image, kind))
+    assert decoded.mode == "RGB"
+    assert np.asarray(decoded).min() > 250
+
+
+def test_sixteen_bits_keep_their_upper_eight() -> None:
+    grey = Image.fromarray(np.array([[0, 255, 256, 32768, 65535]], np.uint16))
+    assert np.asarray(media.decode_image(encoded(grey)))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_exif_rotation_is_applied() -> None:
+    image = Image.new("RGB", (20, 10), "white")
+    exif = image.getexif()
+    exif[0x0112] = 6
+    assert media.decode_image(encoded(image, "JPEG", exif=exif)).size == (10, 20)
+
+
+def test_a_jpeg_shrinks_no_further_than_asked() -> None:
+    photograph = encoded(noise(512), "JPEG")
+    assert media.decode_image(photograph, smallest_side=100).size == (128, 128)
+    assert media.decode_image(photograph).size == (512, 512)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_half_an_image_is_an_error(kind: str) -> None:
+    raw = encoded(noise(), kind)
+    assert reason(media.decode_image, raw[: len(raw) // 2]) == "decode_error"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((0, 0), "zero_size"), ((0, 5), "zero_size"), ((60_000, 60_000), "too_large"), ((8_001, 8_000), "too_large")],
+)
+def test_pixels_are_counted_before_decoding(size: tuple[int, int], expected: str) -> None:
+    assert reason(media.decode_image, png_of_size(*size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"", "empty"),
+        (b"a text", "unsupported_format"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unsupported_format"),
+        (encoded(Image.new("RGB", (2, 2)), "PPM"), "unsupported_format"),
+        (encoded(Image.new("F", (2, 2)), "TIFF"), "unsupported_format"),
+    ],
+)
+def test_what_is_no_image_says_why(raw: bytes, expected: str) -> None:
+    assert reason(media.decode_image, raw) == expected
+
+
+def test_running_out_of_memory_is_not_the_values_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", exhausted)
+    with pytest.raises(MemoryError):
+        media.decode_image(b"x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("WAV", "PCM_16"), ("FLAC", "PCM_16")]
+)
+def test_sound_comes_out_mono_at_the_rate_asked_for(kind: str, subtype: str) -> None:
+    samples = media.decode_audio(tone(kind, subtype), 16_000)
+    assert samples.dtype == np.float32
+    assert len(samples) == 16_000
+    spectrum = np.abs(np.fft.rfft(samples))
+    assert spectrum.argmax() == 440
+    # The mean of the two channels' 0.5 and 0.1.
+    assert np.sqrt(2 * np.mean(samples[2000:-2000] ** 2)) == pytest.approx(0.3, abs=0.01)
+
+
+def test_long_sound_is_cut_from_the_start() -> None:
+    whole = media.decode_audio(tone("WAV", "PCM_16", 16_000, seconds=3), 16_000)
+    assert np.array_equal(media.decode_audio(tone("WAV", "PCM_16", 16_000, seconds=3), 16_000, 1.0), whole[:16_000])
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("WAV", "PCM_16"), ("FLAC", "PCM_16")]
+)
+def test_half_a_sound_is_an_error(kind: str, subtype: str) -> None:
+    raw = tone(kind, subtype, seconds=20)
+    assert reason(media.decode_audio, raw[: len(raw) // 2], 16_000) == "decode_error"
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"", "empty"),
+        (b"a text that is called 7.ogg", "decode_error"),
+        (wav(np.zeros(0)), "zero_size"),
+        (wav(np.full(10, np.nan)), "decode_error"),
+        (wav(np.zeros(4000), 1), "too_large"),
+        (wav(np.zeros((10, 17))), "too_large"),
+        (wav(np.zeros(10), kind="AIFF"), "unsupported_format"),
+    ],
+)
+def test_what_is_no_sound_says_why(raw: bytes, expected: str) -> None:
+    assert reason(media.decode_audio, raw, 16_000) == expected
+
+
+def test_samples_are_counted_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = wav(np.zeros((100, 2)))
+    monkeypatch.setattr(media, "MAX_AUDIO_VALUES", 199)
+    assert reason(media.decode_audio, raw, 16_000) == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [(b"", "empty"), (b" \n\t", "empty"), (b"caf\xe9", "invalid_utf8"), (b"a" * (2**20 + 1), "too_large")],
+)
+def test_what_is_no_text_says_why(raw: bytes, expected: str) -> None:
+    assert reason(media.decode_text, raw) == expected
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_text_comes_back_as_it_was(text: str) -> None:
+    if text.strip():
+        assert media.decode_text(text.encode()) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damage_never_raises_anything_but_a_decode_error(data: st.DataObject) -> None:
+    decode, raw = data.draw(st.sampled_from(_VICTIMS))
+    damaged = bytearray(raw[: data.draw(st.integers(0, len(raw)))])
+    for position in data.draw(st.lists(st.integers(0, max(0, len(damaged) - 1)), max_size=8)) if damaged else []:
+        damaged[position] = data.draw(st.integers(0, 255))
+    # Anything but a DecodeError of a known reason fails the test.
+    with suppress(DecodeError):
+        decode(bytes(damaged))
+
+
+_IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_SOUNDS = (("OGG", "VORBIS"), ("WAV", "PCM_16"), ("FLAC", "PCM_16"))
+_VICTIMS = [
+    *((media.decode_image, encoded(noise(16), kind)) for kind in _IMAGES),
+    *((partial(media.decode_audio, sample_rate=16_000), tone(*kind, seconds=0.05)) for kind in _SOUNDS),
+    (media.decode_text, "Ein Satz, ein Wörtchen.".encode()),
+]
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (encoded(noise()), "png"),
+        (encoded(noise(), "JPEG"), "jpg"),
+        (encoded(noise(), "WEBP"), "webp"),
+        (encoded(noise(), "GIF"), "gif"),
+        (encoded(noise(), "BMP"), "bmp"),
+        (encoded(noise(), "TIFF"), "tiff"),
+        (tone("OGG", "VORBIS"), "ogg"),
+        (tone("WAV", "PCM_16"), "wav"),
+        (tone("FLAC", "PCM_16"), "flac"),
+        ("ein Wörtchen".encode(), "txt"),
+        (b"a" * 4095 + "é".encode(), "txt"),
+        (b"caf\xe9", "bin"),
+        (b"a\x00b", "bin"),
+        (b"RIFF\0\0\0\0AVI ", "bin"),
+        (b"", "bin"),
+    ],
+)
+def test_a_format_is_named_by_its_bytes(raw: bytes, expected: str) -> None:
+    assert media.sniff_extension(raw) == expected
