@@ -1,0 +1,266 @@
+"""What crosses Beam is descriptors in row coders: never a value, a vector or a pickle. And how a corpus is cut."""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.coders import registry
+from apache_beam.metrics import Metrics
+from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.testing.test_pipeline import TestPipeline as CheckedPipeline
+from apache_beam.testing.util import assert_that, equal_to
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from featurestore.catalog import Catalog, Entry
+from featurestore.corpora import QUARANTINE
+from featurestore.errors import BudgetExceeded
+from featurestore.identity import hash64
+from featurestore.storage import Storage
+from featurestore.views import VIEW
+from jobs.run import Runner
+from jobs.spec import load
+from pipelines.runner import Commit, Job, Result, Scope, result
+from pipelines.shard import Ingest, cut, range_of
+from pipelines.sources import SampleRef
+from tests.conftest import Made, small_spec
+from tests.planted import SHARD_ROWS, write_planted
+
+MAX_ELEMENT_BYTES = 2048
+SAMPLES = 48
+
+
+@dataclasses.dataclass
+class Crossing:
+    """One PCollection that crossed a shuffle: its coder, and the size of its elements as that coder writes them."""
+
+    step: str
+    coder: str
+    largest: int
+    count: int
+
+
+class _Shuffles(PipelineVisitor):
+    """Collects what enters a GroupByKey or a Reshuffle. What Reshuffle does inside is the runner's own."""
+
+    def __init__(self) -> None:
+        self.entering: list[beam.PCollection] = []
+        self._inside = 0
+
+    def enter_composite_transform(self, node: AppliedPTransform) -> None:
+        if isinstance(node.transform, beam.Reshuffle):
+            self._see(node)
+            self._inside += 1
+
+    def leave_composite_transform(self, node: AppliedPTransform) -> None:
+        self._inside -= isinstance(node.transform, beam.Reshuffle)
+
+    def visit_transform(self, node: AppliedPTransform) -> None:
+        if isinstance(node.transform, beam.GroupByKey):
+            self._see(node)
+
+    def _see(self, node: AppliedPTransform) -> None:
+        if not self._inside:
+            self.entering += node.inputs
+
+
+class _Measure(beam.DoFn):
+    def __init__(self, label: str, coder: Any) -> None:
+        self._label, self._coder = label, coder
+
+    def process(self, element: Any) -> None:
+        Metrics.distribution("element bytes", self._label).update(len(self._coder.encode(element)))
+
+
+def measured(job: Job, run: Any, crossings: list[Crossing]) -> Any:
+    """Runs a job with a measuring step on every PCollection that crosses a shuffle."""
+    shuffles = _Shuffles()
+    job.pipeline.visit(shuffles)
+    coders = {}
+    for number, entering in enumerate(shuffles.entering):
+        label = f"{number}: {entering.producer.full_label}"
+        coder = registry.get_coder(entering.element_type)
+        coders[label] = str(coder)
+        entering | f"Measure {number}" >> beam.ParDo(_Measure(label, coder))
+    outcome = run(job)
+    sizes = outcome.metrics().query(beam.metrics.MetricsFilter().with_namespace("element bytes"))["distributions"]
+    for found in sizes:
+        label = found.key.metric.name
+        crossings.append(Crossing(label, coders[label], found.committed.max, found.committed.count))
+    assert len(sizes) == len(shuffles.entering), "a PCollection that crosses a shuffle was not measured"
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Crossing]]:
+    """What crossed shuffles while every stage ran: name of the stage -> crossings."""
+    folder, run = tmp_path_factory.mktemp("graph"), Job.run
+    write_planted(folder / "corpus", SAMPLES)
+    (folder / "spec.yaml").write_text(small_spec(folder / "corpus", folder / "store"))
+    found: dict[str, list[Crossing]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in ("shard", "encode", "align", "index", "fuse"):
+            crossings = found.setdefault(stage, [])
+            patch.setattr(Job, "run", lambda job, to=crossings: measured(job, run, to))
+            Runner(load(folder / "spec.yaml"), Console(quiet=True)).run([stage])
+    return found
+
+
+def test_every_stage_crosses_a_shuffle_and_was_measured(stages: dict[str, list[Crossing]]) -> None:
+    shards = SAMPLES // SHARD_ROWS
+    assert {each.count for each in stages["shard"]} == {SAMPLES, shards}
+    assert {each.count for each in stages["encode"]} == {shards}
+    for stage in ("align", "index", "fuse"):
+        assert {each.count for each in stages[stage]} == {1}, stage
+
+
+def test_nothing_larger_than_a_descriptor_crosses_a_shuffle(stages: dict[str, list[Crossing]]) -> None:
+    crossings = [each for found in stages.values() for each in found]
+    assert max(crossings, key=lambda each: each.largest).largest <= MAX_ELEMENT_BYTES, crossings
+
+
+def test_results_with_the_longest_lineage_are_descriptors_too(made: Made) -> None:
+    """Of the encoders with weights, whose cards are the longest."""
+    coder = registry.get_coder(Result)
+    snapshot = made.open().snapshot
+    sizes = {
+        name: max(len(coder.encode(result(entry.shard, [entry]))) for entry in snapshot.entries(VIEW, name))
+        for name in snapshot.names(VIEW)
+    }
+    assert max(sizes.values()) <= MAX_ELEMENT_BYTES, sizes
+
+
+def test_what_crosses_a_shuffle_is_coded_in_rows_and_never_pickled(stages: dict[str, list[Crossing]]) -> None:
+    allowed = {"RowCoder", "TupleCoder[VarIntCoder, RowCoder]", "BytesCoder"}
+    for found in stages.values():
+        for crossing in found:
+            assert crossing.coder.partition("(")[0] in allowed or crossing.coder in allowed, crossing
+
+
+def results(*counts: tuple[int, int]) -> list[Result]:
+    """Results of shards a, b, …, each with one entry of view v, and (tried, rejected)."""
+    made = []
+    for shard, (tried, rejected) in zip("abcdefgh", counts, strict=False):
+        entry = Entry(VIEW, "v", "r", shard, f"views/v/r/{shard}", 1, 2, "3", "4", "5", None, None, "{}")
+        made.append(result(shard, [entry], tried, rejected, f"image of '{shard}': broken" if rejected else ""))
+    return made
+
+
+def commit(store: Path, given: list[Result], versions: list[int], budget: float = 0.01) -> None:
+    scopes = [Scope(VIEW, "v", "r"), Scope(QUARANTINE, "encode/v", "r")]
+    with CheckedPipeline(runner=FnApiRunner()) as pipeline:
+        made = pipeline | beam.Create(given).with_output_types(Result) | Commit(Storage.of(store), "j", scopes, budget)
+        assert_that(made, equal_to(versions))
+
+
+def test_commit_publishes_all_results_at_once_and_twice_is_once(tmp_path: Path) -> None:
+    catalog = Catalog(Storage.of(tmp_path))
+    catalog.create()
+    commit(tmp_path, results((10, 0), (10, 0), (10, 0)), [1])
+    commit(tmp_path, list(reversed(results((10, 0), (10, 0), (10, 0)))), [1])
+    assert [entry.shard for entry in catalog.snapshot().entries(VIEW, "v")] == ["a", "b", "c"]
+    assert [each["job"] for each in catalog.history()] == ["j", "create"]
+
+
+def test_commit_of_some_shards_leaves_the_others(tmp_path: Path) -> None:
+    catalog = Catalog(Storage.of(tmp_path))
+    catalog.create()
+    commit(tmp_path, results((10, 0), (10, 0), (10, 0)), [1])
+    again = results((10, 0))[0]
+    remade = again._replace(entries=again.entries.replace("views/v/r/a", "views/v/r/a2"))
+    commit(tmp_path, [remade], [2])
+    assert [entry.path for entry in catalog.snapshot().entries(VIEW, "v")] == [
+        "views/v/r/a2",
+        "views/v/r/b",
+        "views/v/r/c",
+    ]
+
+
+def test_commit_past_the_budget_publishes_nothing_and_says_how_to_raise_it(tmp_path: Path) -> None:
+    catalog = Catalog(Storage.of(tmp_path))
+    catalog.create()
+    told = (
+        r"j: 2 of 20 values were rejected \(10\.00%\), more than the failure budget of 9\.00%; e\.g\. image of 'b': broken"
+        r".* raise corpus\.failure_budget in the spec above 10\.00%"
+    )
+    with pytest.raises(BudgetExceeded, match=told):
+        commit(tmp_path, results((10, 0), (10, 2)), [], budget=0.09)
+    assert catalog.snapshot().version == 0
+    commit(tmp_path, results((10, 0), (10, 2)), [1], budget=0.1)
+
+
+def references(groups: list[tuple[str, int]], size: int = 100) -> list[SampleRef]:
+    """`n` references of each (group, n)."""
+    return [SampleRef(f"{name}/{i}", name, "e", size, "u", 0, 1) for name, n in groups for i in range(n)]
+
+
+def place(reference: SampleRef) -> tuple[int, str, str]:
+    return hash64(reference.group), reference.group, reference.id
+
+
+groups = st.dictionaries(st.text(min_size=1, max_size=5), st.integers(1, 30), max_size=12).map(
+    lambda d: list(d.items())
+)
+
+
+@settings(deadline=None)
+@given(groups, st.integers(1, 40), st.integers(50, 2000), st.randoms(use_true_random=False))
+def test_cut_takes_every_sample_once_in_order_and_fills_each_shard(
+    drawn: list[tuple[str, int]], max_rows: int, max_bytes: int, rng: random.Random
+) -> None:
+    samples = references(drawn)
+    shards = cut(samples, max_rows, max_bytes)
+    assert sorted(ref for shard in shards for ref in shard) == sorted(samples)
+    for shard in shards:
+        assert [ref.id for ref in shard] == sorted(ref.id for ref in shard)
+        assert len(shard) <= max_rows
+        assert len(shard) == 1 or sum(ref.bytes for ref in shard) <= max_bytes
+    for shard, after in zip(shards, shards[1:], strict=False):
+        assert max(map(place, shard)) < min(map(place, after))
+        assert len(shard) == max_rows or (len(shard) + 1) * 100 > max_bytes, "a shard ended that had room"
+    shuffled = samples.copy()
+    rng.shuffle(shuffled)
+    assert cut(shuffled, max_rows, max_bytes) == shards
+
+
+@given(st.lists(st.text(min_size=1, max_size=6), min_size=1), st.integers(1, 1000))
+def test_ranges_are_slices_of_the_hashes(names: list[str], ranges: int) -> None:
+    by_hash = [range_of(name, ranges) for name in sorted(names, key=hash64)]
+    assert by_hash == sorted(by_hash)
+    assert 0 <= by_hash[0] <= by_hash[-1] < ranges
+
+
+def zipf(total: int) -> Iterator[tuple[str, int]]:
+    sizes = [max(1, int(total / 8 / rank)) for rank in range(1, total)]
+    while total > 0:
+        size = min(sizes.pop(0), total)
+        yield f"z{total}", size
+        total -= size
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        pytest.param([(f"s{i}", 1) for i in range(20_000)], id="single samples"),
+        pytest.param(list(zipf(20_000)), id="Zipf groups"),
+        pytest.param([(f"f{i}", 50) for i in range(400)], id="groups of 50"),
+        pytest.param([("one", 20_000)], id="one group"),
+    ],
+)
+def test_shards_are_full_however_large_the_groups(drawn: list[tuple[str, int]]) -> None:
+    samples, max_rows = references(drawn), 64
+    assert len(samples) == 20_000
+    corpus = {"shard_rows": max_rows, "shard_mb": 512}
+    ranges = Ingest("", len(samples), 100 * len(samples), 0, 0, 0).ranges(corpus)
+    assert ranges == 10
+    parts: dict[int, list[SampleRef]] = {}
+    for reference in samples:
+        parts.setdefault(range_of(reference.group, ranges), []).append(reference)
+    shards = [shard for part in parts.values() for shard in cut(part, max_rows, 512 << 20)]
+    assert len(samples) / (len(shards) * max_rows) >= 0.95
