@@ -1,4 +1,4 @@
-"""What must hold for a build: a space, an index or a training set, against the views that it was made from."""
+"""What must hold for a space and for an index, against the views that they were made from."""
 
 import json
 from collections import defaultdict
@@ -31,8 +31,8 @@ def plain_build(look: Inspection, entries: Iterable[Entry]) -> None:
 def space_build(look: Inspection, snapshot: Snapshot, files: Files) -> None:
     """Inspects a space: it can be read, and projects the views of its settings."""
     plain_build(look, files.values())
-    entry = _file(look, files, "space")
-    _card(look, files)
+    entry = build_file(look, files, "space")
+    build_card(look, files)
     if entry is not None and look.reads("rows"):
         with look.guard(entry):
             space = Space.from_bytes(look.storage.read(entry.path))
@@ -44,7 +44,7 @@ def space_build(look: Inspection, snapshot: Snapshot, files: Files) -> None:
 
 def index_build(look: Inspection, snapshot: Snapshot, files: Files) -> None:
     """Inspects an index: its rows are those of its views, and each vector in it is its row's, projected anew."""
-    index, rows, card = _file(look, files, "index"), _file(look, files, "rows"), _card(look, files)
+    index, rows, card = build_file(look, files, "index"), build_file(look, files, "rows"), build_card(look, files)
     for entry in files.values():
         if entry is not rows:
             look.whole(entry)
@@ -134,11 +134,6 @@ def _index_shard(
             look.say(rows, problem, place, own["id"][int(np.flatnonzero(at == place)[0])].as_py())
 
 
-def training_build(look: Inspection, snapshot: Snapshot, files: Files) -> None:
-    """Inspects a training set."""
-    plain_build(look, files.values())
-
-
 def _space(look: Inspection, snapshot: Snapshot, name: str) -> Space | None:
     for entry in snapshot.entries(SPACE, name):
         if entry.shard == "space":
@@ -147,15 +142,17 @@ def _space(look: Inspection, snapshot: Snapshot, name: str) -> Space | None:
     return None
 
 
-def _file(look: Inspection, files: Files, shard: str) -> Entry | None:
+def build_file(look: Inspection, files: Files, shard: str) -> Entry | None:
+    """A file that every such build has; says so where this one has it not."""
     if shard not in files:
         any_file = next(iter(files.values()))
         look.say(any_file._replace(shard=shard), f"the build has no file {shard!r}; it has: {', '.join(files)}")
     return files.get(shard)
 
 
-def _card(look: Inspection, files: Files) -> dict[str, Any]:
-    entry = _file(look, files, "card")
+def build_card(look: Inspection, files: Files) -> dict[str, Any]:
+    """A build's card; empty where it cannot be read, or is not at this level."""
+    entry = build_file(look, files, "card")
     if entry is None or not look.reads("rows"):
         return {}
     with look.guard(entry):

@@ -144,6 +144,20 @@ class Inspection:
         self.rows += len(table)
         return table.schema, len(table), table
 
+    def members(self, entry: Entry) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+        """A tar's members in order with their bytes (None of what is no regular file), read once."""
+        with self.storage.open(entry.path) as file:
+            source = _Hashing(file)
+            with (
+                self.guard(entry),
+                tarfile.open(fileobj=cast(IO[bytes], source), mode="r|", bufsize=_READ_BYTES) as tar,
+            ):
+                for info in tar:
+                    member = tar.extractfile(info)
+                    yield info, member.read() if member is not None else None
+            if self.reads("bytes"):
+                self.compare_sha256(entry, source.rest())
+
     def claims(self, entry: Entry, footer: dict[str, Any], claims: dict[str, Sequence[Any]]) -> None:
         """Says which footer's claims the catalog (and the file) do not bear out."""
         for name, others in claims.items():
@@ -245,41 +259,35 @@ def _tar(look: Inspection, media: Entry, table: pa.Table, fields: list[str]) -> 
     places = {value.name: place for place, value in enumerate(expected)}
     found: set[int] = set()
     last = -1
-    with look.storage.open(media.path) as file:
-        source = _Hashing(file)
-        with look.guard(media), tarfile.open(fileobj=cast(IO[bytes], source), mode="r|", bufsize=_READ_BYTES) as tar:
-            for info in tar:
-                place = places.get(info.name)
-                if place is None or place in found:
-                    problem = "belongs to no row" if place is None else "stands twice"
-                    look.say(media, f"member {info.name!r} {problem}", sample_id=_id_of(info.name))
-                    continue
-                for problem in _misplaced(expected[place], info, tar, place > last):
-                    look.say(media, f"{expected[place].field}: {problem}", expected[place].row, expected[place].id)
-                found.add(place)
-                last = max(last, place)
-        if look.reads("bytes"):
-            look.compare_sha256(media, source.rest())
+    for info, raw in look.members(media):
+        place = places.get(info.name)
+        if place is None or place in found:
+            problem = "belongs to no row" if place is None else "stands twice"
+            look.say(media, f"member {info.name!r} {problem}", sample_id=id_of(info.name))
+            continue
+        for problem in _misplaced(expected[place], info, raw, place > last):
+            look.say(media, f"{expected[place].field}: {problem}", expected[place].row, expected[place].id)
+        found.add(place)
+        last = max(last, place)
     for place, value in enumerate(expected):
         if place not in found:
             look.say(media, f"{value.field}: its member {value.name!r} is not in the tar", value.row, value.id)
 
 
-def _misplaced(value: _Value, info: tarfile.TarInfo, tar: tarfile.TarFile, in_order: bool) -> Iterator[str]:
+def _misplaced(value: _Value, info: tarfile.TarInfo, raw: bytes | None, in_order: bool) -> Iterator[str]:
     if not in_order:
         yield "its member is not where the order of the rows puts it"
-    if _id_of(info.name) != value.id:
+    if id_of(info.name) != value.id:
         yield f"the key of {info.name!r} does not restore to its id"
     if (info.offset_data, info.size) != (value.offset, value.size):
         yield f"at {info.offset_data} of {info.size} bytes where the rows say {value.offset} and {value.size}"
-    member = tar.extractfile(info)
-    if member is None:
+    if raw is None:
         yield "its member is not a regular file"
-    elif (digest := input_digest(member.read())) != value.digest:
+    elif (digest := input_digest(raw)) != value.digest:
         yield f"its bytes have digest {digest.hex()} where the rows say {value.digest.hex()}"
 
 
-def _id_of(member: str) -> str | None:
+def id_of(member: str) -> str | None:
     """The id of the sample that a member's name belongs to; None where it is not a name of Braid's."""
     folder, slash, last = member.rpartition("/")
     try:

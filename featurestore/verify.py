@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from featurestore import artefact, builds, views
-from featurestore.build_inspection import index_build, plain_build, space_build, training_build
+from featurestore.build_inspection import index_build, plain_build, space_build
 from featurestore.catalog import Catalog, Entry, Snapshot
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.encoders import fingerprint_of
@@ -25,6 +25,7 @@ from featurestore.errors import InputError, NotFound
 from featurestore.identity import hash64
 from featurestore.inspection import LEVELS, Finding, Inspection, corpus_shard, view_shard
 from featurestore.storage import Storage
+from featurestore.training_inspection import training_build
 
 __all__ = ["LEVELS", "Finding", "Outcome", "Report", "Unit", "catalog_findings", "inspect", "units", "verify"]
 
