@@ -55,7 +55,7 @@ class FileValue(NamedTuple):
                 raise too_large(size)
             content: bytes = fs.cat_file(path)
         except (OSError, ValueError) as error:
-            raise DecodeError("unreadable", f"{self.source}: {error}") from error
+            raise DecodeError("unreadable", f"{self.source}: {_reason(error)}") from error
         return content
 
 
@@ -163,6 +163,11 @@ class Manifest:
 def _printable(value: Any) -> Any:
     """A kept column's value; bytes of a text that are not UTF-8 become U+FFFD, since a table cannot hold them."""
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
+
+
+def _reason(error: Exception) -> str:
+    """What kept a file from being read, without folders of this machine: equal corpora give equal quarantines anywhere."""
+    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
 
 
 def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
