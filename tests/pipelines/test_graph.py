@@ -1,6 +1,7 @@
 """What crosses Beam is descriptors in row coders: never a value, a vector or a pickle. And how a corpus is cut."""
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_cut_takes_every_sample_once_in_order_and_fills_each_shard(
         assert [ref.id for ref in shard] == sorted(ref.id for ref in shard)
         assert len(shard) <= max_rows
         assert len(shard) == 1 or sum(ref.bytes for ref in shard) <= max_bytes
-    for shard, after in zip(shards, shards[1:], strict=False):
+    for shard, after in itertools.pairwise(shards):
         assert max(map(place, shard)) < min(map(place, after))
         assert len(shard) == max_rows or (len(shard) + 1) * 100 > max_bytes, "a shard ended that had room"
     shuffled = samples.copy()
