@@ -22,7 +22,9 @@ SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML
 BeamArgs = Annotated[
     list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options, after --.")
 ]
-Store = Annotated[str, typer.Argument(metavar="STORE", help="A folder, s3://… or gs://…")]
+Store = Annotated[
+    str, typer.Argument(metavar="STORE", help="A folder, s3://… or gs://…; or a spec, for the store it names.")
+]
 Version = Annotated[int | None, typer.Option(help="Read this version instead of the newest.")]
 
 
@@ -49,10 +51,17 @@ def _spec(path: Path) -> Any:
     return spec.load(path)
 
 
-def _store(uri: str, version: int | None = None) -> Any:
+def _storage(address: str) -> Any:
+    """The store at an address, or the one that a spec names, with its endpoint and region."""
+    from featurestore.storage import Storage
+
+    return _spec(Path(address)).store if address.endswith((".yaml", ".yml")) else Storage.of(address)
+
+
+def _store(address: str, version: int | None = None) -> Any:
     from featurestore.store import FeatureStore
 
-    return FeatureStore(uri, version=version)
+    return FeatureStore(_storage(address), version=version)
 
 
 def _run(path: Path, stages: tuple[str, ...], only: str | None, beam_args: list[str] | None) -> list[Any]:
@@ -224,10 +233,9 @@ def verify(
     version: Version = None,
 ) -> None:
     """Prove that every artefact of a store is aligned and whole; name shard and row of what is not."""
-    from featurestore.storage import Storage
     from featurestore.verify import verify as prove
 
-    report = prove(Storage.of(store), version, level)
+    report = prove(_storage(store), version, level)
     console = _say()
     for line in report.lines():
         console.print(line, markup=False)
