@@ -1,0 +1,264 @@
+"""What a person at the command line sees: results, one clear message, or a traceback only where there is a bug."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from featurestore.store import FeatureStore
+from jobs import cli
+from tests.conftest import Made
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = (
+    "init", "plan", "run", "shard", "encode", "align", "index", "fuse",
+    "search", "get", "status", "history", "verify", "export",
+)  # fmt: skip
+
+
+class Said(NamedTuple):
+    """Exit status, standard output and standard error of one command."""
+
+    status: int
+    out: str
+    err: str
+
+
+Braid = Callable[..., Said]
+
+
+@pytest.fixture
+def braid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Braid]:
+    """Runs `braid ARGS` through its entry point, in this process."""
+    loggers = [logging.getLogger(), logging.getLogger("apache_beam")]
+    levels = [logger.level for logger in loggers]
+
+    def call(*args: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["braid", *map(str, args)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Said(status, *capsys.readouterr())
+
+    yield call
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def refused(said: Said, status: int, *told: str) -> None:
+    """One message on standard error that tells all of `told`, and no traceback."""
+    assert said.status == status, said
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert "Traceback" not in said.err
+    for each in told:
+        assert re.search(each, said.err), said.err
+
+
+def test_help_names_every_command_and_imports_neither_torch_nor_beam() -> None:
+    code = (
+        "import sys; sys.argv = ['braid', '--help']\n"
+        "from jobs.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print('status', end.code)\n"
+        "print('heavy:', sorted({'torch', 'apache_beam', 'transformers', 'faiss', 'sklearn'} & set(sys.modules)))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert ended.stderr == ""
+    assert "status 0" in ended.stdout
+    assert "heavy: []" in ended.stdout
+    shown = re.findall(r"^│ (\w+) ", ended.stdout, re.MULTILINE)
+    assert sorted(shown) == sorted(COMMANDS)
+
+
+def test_the_installed_command_is_this_one(small: Made) -> None:
+    program = Path(sys.executable).with_name("braid")
+    ended = subprocess.run([program, "history", small.store], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "shard planted" in ended.stdout
+
+
+def test_a_bad_spec_lists_every_mistake_with_its_line_before_anything_runs(
+    braid: Braid, small: Made, tmp_path: Path
+) -> None:
+    text = small.spec.read_text().replace(str(small.store), str(tmp_path / "store"))
+    text = text.replace("encoder: log-mel", "encoder: log-mal").replace("shard_rows: 8", "shard_rows: 0")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(text.replace("space: other", "space: others") + "extra: 1\n")
+    lines = {
+        what: next(number for number, line in enumerate(spec.read_text().splitlines(), 1) if what in line)
+        for what in ("log-mal", "shard_rows", "space: others", "extra")
+    }
+    for command in ("run", "plan", "shard"):
+        said = braid(command, spec)
+        refused(
+            said,
+            2,
+            rf"{re.escape(str(spec))}: 4 mistakes",
+            rf"line {lines['shard_rows']}: corpus\.shard_rows: 0 is wrong",
+            rf"line {lines['log-mal']}: views\.loud\.encoder: 'log-mal' is not an encoder; .* did you mean 'log-mel'",
+            rf"line {lines['space: others']}: indexes\.other\.space: 'others' .* did you mean 'other'",
+            rf"line {lines['extra']}: extra: is not a key of this section",
+        )
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_spec_or_a_store_that_is_not_there_is_told(braid: Braid, tmp_path: Path) -> None:
+    refused(braid("run", tmp_path / "none.yaml"), 2, r"none\.yaml: cannot read the spec")
+    refused(braid("status", tmp_path / "none"), 1, r"none holds no Braid store; `braid run SPEC` makes one")
+
+
+def test_an_unknown_name_is_told_beside_those_there_are(braid: Braid, small: Made) -> None:
+    refused(braid("search", small.store, "hard", "--text", "x"), 1, r"no index 'hard' in .*; it has: heard, other")
+    refused(braid("get", small.store, "lout", "x"), 1, r"no view 'lout' in .*; it has: loud, short, timbre")
+    refused(braid("get", small.store, "loud", "nobody"), 1, r"corpus 'planted' has no sample 'nobody'")
+    refused(braid("status", small.store, "--version", "99"), 1, r"has no version 99; it has 0 to \d+")
+    refused(braid("verify", small.store, "--level", "all"), 2, r"level='all' .* footers, rows, bytes")
+    refused(braid("search", small.store, "heard"), 2, r"search by one of text=, image=, audio=, vector=; given: none")
+
+
+def test_plan_run_and_status_of_a_whole_store(braid: Braid, small: Made) -> None:
+    said = braid("plan", small.spec)
+    assert "Everything is fresh: `braid run` computes nothing." in said.out
+    assert said.out.count(" fresh ") == 10
+    said = braid("run", small.spec)
+    assert said.out == "Everything is fresh: nothing was computed.\n"
+    store = FeatureStore(small.store)
+    said = braid("status", small.store)
+    assert f"version {store.version}, digest {store.digest()}" in said.out
+    assert "corpus planted: 48 samples in 6 shards" in said.out
+    assert "  sound: 36 present, 12 missing, 0 quarantined" in said.out
+    assert "view loud: 48 rows × 128 float32, log-mel of sound" in said.out
+    assert "index other: 36 vectors, Flat" in said.out
+    assert "training set heard: " in said.out
+    assert braid("status", small.spec).out == said.out
+
+
+def test_plan_names_what_is_stale_and_run_and_one_stage_do_it(braid: Braid, small: Made, tmp_path: Path) -> None:
+    copy = small.copy_to(tmp_path)
+    (copy.store / copy.open().view("short").files()[0]).unlink()
+    said = braid("plan", copy.spec)
+    assert re.search(r"encode +short +stale +1 of 6 +1 shards are new, gone or of another size", said.out)
+    assert re.search(r"align +other +pending +1 of 1 +only if short comes out with other bytes", said.out)
+    assert "4 of 10 steps to run" in said.out
+    assert "Everything is fresh" in braid("encode", copy.spec, "--view", "loud").out
+    metrics = tmp_path / "figures" / "run.json"
+    said = braid("run", copy.spec, "--metrics", metrics)
+    assert said.status == 0
+    assert "encode short: started, 8 samples" in said.out
+    assert f"store {copy.store}, version {small.open().version}" in said.out
+    assert [(step["stage"], step["name"]) for step in json.loads(metrics.read_text())] == [("encode", "short")]
+
+
+def test_history_says_what_each_version_published(braid: Braid, small: Made) -> None:
+    lines = braid("history", small.store).out.splitlines()
+    assert len(lines) == small.open().version + 1
+    pattern = r" +(\d+)  \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ  (.+)  \((\d+) files\)"
+    told = [re.fullmatch(pattern, line).groups() for line in lines]  # type: ignore[union-attr]
+    assert told[-1] == ("0", "create", "0")
+    assert told[-2] == ("1", "shard planted", "12")
+    assert told[-3] == ("2", "encode loud", "6")
+    assert told[0][1] == "fuse other"
+
+
+def test_get_prints_rows_in_the_order_asked_and_null_with_its_reason(braid: Braid, small: Made) -> None:
+    rows = small.open().view("loud").to_arrow().to_pylist()
+    there = next(row for row in rows if row["present"])
+    missing = next(row for row in rows if not row["present"])
+    said = braid("get", small.store, "loud", missing["id"], there["id"])
+    first, second = map(json.loads, said.out.splitlines())
+    assert first == {"id": missing["id"], "present": False, "miss_reason": "absent", "embedding": None}
+    assert second["id"] == there["id"]
+    assert second["embedding"] == pytest.approx(there["embedding"])
+
+
+def test_search_by_sound_prints_scores_ids_and_captions(braid: Braid, small: Made) -> None:
+    store = small.open()
+    row = next(row for row in store.view("loud").to_arrow().to_pylist() if row["present"])
+    corpus = store.corpus("planted")
+    sound = small.corpus / "query.wav"
+    value = corpus.value(*corpus.locate(row["id"]), "sound")
+    assert value is not None
+    sound.write_bytes(value)
+    said = braid("search", small.store, "heard", "--audio", sound, "--via", "loud", "-k", "3")
+    assert said.status == 0
+    lines = said.out.splitlines()
+    assert len(lines) == 3
+    hits = store.search("heard", audio=sound, via="loud", k=3)
+    assert [line.split("  ")[:3] for line in lines] == [[f"{hit.score:.3f}", hit.id, f"[{hit.view}]"] for hit in hits]
+    assert [line.split("  ")[3] for line in lines] == [hit.text or "" for hit in hits]
+    said = braid("search", small.store, "heard", "--audio", sound, "--via", "loud", "--where", "label = 'ring'")
+    assert said.out
+    assert all("  ring/" in line for line in said.out.splitlines())
+    refused(braid("search", small.store, "heard", "--audio", sound), 2, r"2 views of modality 'audio'.* loud .*timbre")
+    refused(
+        braid("search", small.store, "heard", "--audio", "/none.ogg", "--via", "loud"),
+        2,
+        r"'/none\.ogg' cannot be read",
+    )
+    text = sound.with_name("text.ogg")
+    text.write_text("not a sound")
+    refused(braid("search", small.store, "heard", "--audio", text, "--via", "loud"), 1, r"decode_error: ")
+
+
+def test_verify_says_that_all_holds_and_names_what_does_not(braid: Braid, small: Made, tmp_path: Path) -> None:
+    said = braid("verify", small.store)
+    assert (said.status, said.err) == (0, "")
+    assert said.out.rstrip().endswith("all holds")
+    copy = small.copy_to(tmp_path)
+    spoiled = copy.store / copy.open().view("loud").files()[1]
+    raw = bytearray(spoiled.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    spoiled.write_bytes(raw)
+    said = braid("verify", copy.store)
+    assert said.status == 1
+    assert copy.open().corpus("planted").shards[1].shard in said.out
+    assert "all holds" not in said.out
+
+
+def test_export_writes_tars_and_refuses_what_it_cannot(braid: Braid, small: Made, tmp_path: Path) -> None:
+    said = braid("export", small.store, "loud", "timbre", "--out", tmp_path / "out")
+    assert said.out == f"6 shards in {tmp_path / 'out'}\n"
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 6
+    refused(braid("export", small.store, "loud", "--out", tmp_path / "out"), 2, "is not empty; name a new folder")
+    said = braid("export", small.store, "loud", "--out", tmp_path / "no", "--format", "zip")
+    refused(said, 2, r"--format 'zip' is not allowed; one of: .*webdataset")
+
+
+def test_init_makes_an_empty_store_that_reads_back(braid: Braid, small: Made, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(small.spec.read_text().replace(str(small.store), str(tmp_path / "new")))
+    for _ in range(2):
+        assert braid("init", spec).out == f"{tmp_path / 'new'} is ready, version 0\n"
+    assert FeatureStore(tmp_path / "new").corpora() == []
+
+
+def test_a_budget_that_is_passed_is_told_once_without_a_traceback(braid: Braid, small: Made, tmp_path: Path) -> None:
+    copy = small.copy_to(tmp_path)
+    for path in sorted((copy.corpus / "sounds").iterdir())[:10]:
+        path.write_bytes(b"")
+    spec = copy.spec.read_text().replace(str(copy.store), str(tmp_path / "new"))
+    copy.spec.write_text(spec)
+    said = braid("run", copy.spec)
+    assert said.status == 1
+    assert "Traceback" not in said.out + said.err
+    assert said.err.count("more than the failure budget of 1.00%") == 1
+    assert "raise corpus.failure_budget in the spec above" in said.err
+
+
+def test_a_bug_shows_its_traceback(braid: Braid, small: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(FeatureStore, "digest", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        braid("status", small.store)
