@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurestore.certificate import certify, require
@@ -77,6 +77,7 @@ def test_wrong_columns_are_refused():
         certify(IDS, GROUPS, ["train", "train", None, "val", "test", "test"], {})
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from("abc"), st.none() | st.integers(0, 5)), min_size=1))
 def test_it_finds_what_comparing_every_pair_finds(rows):
     groups, splits, values = ([row[at] for row in rows] for at in range(3))

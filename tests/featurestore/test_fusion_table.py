@@ -3,7 +3,7 @@ import pytest
 
 from featurestore.errors import InputError
 from featurestore.fusion_table import fusion_table, withhold
-from tests.featurestore.test_fusion import DIMS, grouped, planted
+from tests.featurestore.test_fusion import DIMS, K, grouped, noise, planted
 
 N = 150
 KINDS = [*DIMS, "chance", "early", "late", "hybrid"]
@@ -50,6 +50,12 @@ def test_half_withholds_half_of_the_values(table):
     assert left.sum() == present.sum() - present.sum() // 2
     np.testing.assert_array_equal(left, withhold(present, 1))
     assert (left != withhold(present, 2)).any()
+
+
+def test_noise_is_at_chance_in_every_row_of_the_table():
+    x, y = noise()
+    table = fusion_table({"image": x[:, :30], "caption": x[:, 30:]}, [str(code) for code in y], grouped(240))
+    assert max(row["complete"]["accuracy"] for row in table.values()) < 1 / K + 0.12
 
 
 def test_the_table_is_the_same_twice(sample, table):

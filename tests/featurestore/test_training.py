@@ -100,6 +100,13 @@ def test_tars_have_no_clock_no_owner_no_pickle_and_adjacent_samples(tmp_path):
         members = tar.getmembers()
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
         keys = [member.name.split(".")[0] for member in members]
+        assert [m.name.partition(".")[2] for m in members[:5]] == [
+            "image.npy",
+            "image_pred.npy",
+            "json",
+            "sound_pred.npy",  # The first sample has no sound.
+            "image.npy",
+        ]
         assert len([1 for a, b in pairwise(keys) if a != b]) == 5
         for member in members:
             content = tar.extractfile(member).read()
