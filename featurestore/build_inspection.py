@@ -151,9 +151,9 @@ def build_file(look: Inspection, files: Files, shard: str) -> Entry | None:
 
 
 def build_card(look: Inspection, files: Files) -> dict[str, Any]:
-    """A build's card; empty where it cannot be read, or is not at this level."""
+    """A build's card; empty where it cannot be read."""
     entry = build_file(look, files, "card")
-    if entry is None or not look.reads("rows"):
+    if entry is None or not look.storage.exists(entry.path):
         return {}
     with look.guard(entry):
         return dict(json.loads(look.storage.read(entry.path)))

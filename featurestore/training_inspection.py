@@ -106,20 +106,24 @@ def _aligned(look: Inspection, rows: Entry, table: pa.Table, split: str, sources
 def _unlike(part: pa.Table, shard: str, numbers: np.ndarray, sources: _Sources) -> Iterator[tuple[int, str]]:
     samples = sources.corpus.read(shard).take(numbers)
     for name, column in (("group", samples["group"]), ("label", samples[sources.label].cast(pa.string()))):
-        found, expected = part[name].to_pylist(), column.to_pylist()
-        for row in (row for row, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]):
-            yield row, f"{name} {found[row]!r} where the corpus has {expected[row]!r}"
+        for row, (here, there) in _pairs(part[name], column):
+            yield row, f"{name} {here!r} where the corpus has {there!r}"
     for name, view in sources.views.items():
         stored = view.read(shard).take(numbers)
         for suffix in ("present", "miss_reason"):
-            column = part[f"{name}_{suffix}"].combine_chunks()
-            for row in (row for row in range(len(part)) if column[row] != stored[suffix][row]):
-                yield row, f"{name}_{suffix} is {column[row]}; the view has {stored[suffix][row]}"
+            for row, (here, there) in _pairs(part[f"{name}_{suffix}"], stored[suffix]):
+                yield row, f"{name}_{suffix} is {here!r}; the view has {there!r}"
         found, expected = vectors.matrix(part[name]), vectors.matrix(stored["embedding"])
         # NaN is compared by its bits like any other value.
         same = [a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True)]
         for row in np.flatnonzero(~np.array(same, bool)).tolist():
             yield row, f"its {name} is not the vector that the view has for it"
+
+
+def _pairs(here: pa.ChunkedArray, there: pa.ChunkedArray) -> Iterator[tuple[int, tuple[Any, Any]]]:
+    """The rows at which two columns differ, with both values."""
+    pairs = enumerate(zip(here.to_pylist(), there.to_pylist(), strict=True))
+    return ((row, pair) for row, pair in pairs if pair[0] != pair[1])
 
 
 def _leaks(look: Inspection, rows: Entry, table: pa.Table, split: str, splits: dict[str, dict[str, str]]) -> None:

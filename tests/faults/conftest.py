@@ -7,7 +7,17 @@ from typing import NamedTuple
 import pytest
 
 from featurestore.storage import Storage
-from tests.faults.stores import VIEWS, Broken, Truth, build_index, corpus_settings, encode_view, shard_corpus, truth
+from tests.faults.stores import (
+    VIEWS,
+    Broken,
+    Truth,
+    build_index,
+    build_training_set,
+    corpus_settings,
+    encode_view,
+    shard_corpus,
+    truth,
+)
 
 
 class Whole(NamedTuple):
@@ -22,8 +32,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     shard_corpus(storage, corpus_settings(folder / "corpus"))
     for name, encoder in VIEWS.items():
         encode_view(storage, name, encoder)
-    build_index(storage)
     return Whole(storage, truth(storage))
+
+
+@pytest.fixture(scope="session")
+def built(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The same with a space, an index and a training set."""
+    storage = Broken(whole.storage, tmp_path_factory.mktemp("built") / "store").storage
+    build_index(storage)
+    build_training_set(storage)
+    return Whole(storage, whole.truth)
 
 
 @pytest.fixture

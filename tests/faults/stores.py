@@ -1,11 +1,14 @@
 """A small whole store to break, ways to break it, and what its readers may return once it is broken."""
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,7 +19,7 @@ from featurestore.corpora import QUARANTINE, Corpus
 from featurestore.errors import NotFound, StoreError
 from featurestore.storage import Storage
 from featurestore.views import VIEW, View
-from pipelines import align, encode, index, runner, shard
+from pipelines import align, encode, fuse, index, runner, shard
 from pipelines.sources import open_source
 from tests.planted import SHARD_ROWS, write_planted
 
@@ -86,6 +89,15 @@ def build_index(storage: Storage) -> None:
     )
 
 
+def build_training_set(storage: Storage) -> None:
+    """The fuse stage."""
+    snapshot = Catalog(storage).snapshot()
+    chosen = {"views": [*VIEWS], "label": "label", "splits": {"train": 0.7, "val": 0.1, "test": 0.2}, "seed": 0}
+    planned = builds.plan(snapshot, builds.TRAINING, "category", fuse.settings("planted", chosen))
+    made = fuse.make(storage, planned, snapshot.version)
+    publish(storage, [made], [runner.Scope(*planned[:2], planned.key)], whole=True)
+
+
 def publish(storage: Storage, results: list[runner.Result], scopes: list[runner.Scope], whole: bool = False) -> None:
     """Commits results as a job's last step does."""
     Catalog(storage).commit("test", runner.changes(results, scopes, whole))
@@ -98,10 +110,13 @@ class Broken:
         shutil.copytree(whole.root, folder)
         self.storage = Storage.of(folder)
         self.folder = folder
+        self._snapshot: Snapshot | None = None
 
     def snapshot(self) -> Snapshot:
-        """The newest."""
-        return Catalog(self.storage).snapshot()
+        """The newest that this has made."""
+        if self._snapshot is None:
+            self._snapshot = Catalog(self.storage).snapshot()
+        return self._snapshot
 
     def entry(self, kind: str, name: str, position: int) -> Entry:
         """The entry of the shard at a position."""
@@ -140,6 +155,7 @@ class Broken:
             for recipe in sorted(by_recipe)
         ]
         Catalog(self.storage).commit("break", changes)
+        self._snapshot = None
 
     def rewrite(self, entry: Entry, table: pa.Table, forged: bool) -> None:
         """Gives a Parquet file another table; a forged one has a footer that bears out its number of rows."""
@@ -150,6 +166,45 @@ class Broken:
             artefact.write_table(table, folder / "x.parquet", footer)
             content = (folder / "x.parquet").read_bytes()
         self.change(entry, content, forged, len(table))
+
+
+def swap(table: pa.Table, first: int, second: int) -> pa.Table:
+    """A table with two rows exchanged."""
+    order = np.arange(len(table))
+    order[[first, second]] = second, first
+    return table.take(order)
+
+
+def present_rows(table: pa.Table) -> list[int]:
+    """The rows of a view's shard that have a vector."""
+    return np.flatnonzero(np.asarray(table["present"])).tolist()
+
+
+def set_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    """A table with other values in a column."""
+    at = table.schema.get_field_index(name)
+    return table.set_column(at, table.schema.field(at), values)
+
+
+def flip(content: bytes, at: int) -> bytes:
+    """Bytes with one bit changed."""
+    return content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
+
+
+def members(content: bytes) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """A tar's members."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        return [(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+
+
+def tar_of(contents: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+    """A tar of members, as Braid writes one."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for info, raw in contents:
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    return out.getvalue()
 
 
 class Truth(NamedTuple):

@@ -13,39 +13,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from featurestore import indexes, vectors
+from featurestore import vectors
 from featurestore.catalog import Entry
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS
 from featurestore.encoders import fingerprint_of
-from featurestore.errors import InputError, NotFound, StoreError
+from featurestore.errors import InputError, NotFound
 from featurestore.identity import from_tar_key, row_digest
 from featurestore.inspection import MOST_NAMED, Inspection
 from featurestore.storage import Storage
-from featurestore.store import FeatureStore
 from featurestore.verify import LEVELS, inspect, units, verify
 from featurestore.views import VIEW
 from tests.faults.conftest import Check, Whole
-from tests.faults.stores import Broken, encode_view, misreadings
+from tests.faults.stores import Broken, flip, members, misreadings, present_rows, set_column, swap, tar_of
 
 FORMS = pytest.mark.parametrize("forged", [False, True], ids=["naive", "forged"])
 PARQUET = pytest.mark.parametrize(("kind", "name"), [(VIEW, "sound"), (ROWS, "planted")])
 FILES = pytest.mark.parametrize(("kind", "name"), [(VIEW, "sound"), (ROWS, "planted"), (MEDIA, "planted")])
 SHARD, OTHER = 2, 4  # positions of the shards that are broken
-
-
-def swap(table: pa.Table, first: int, second: int) -> pa.Table:
-    order = np.arange(len(table))
-    order[[first, second]] = second, first
-    return table.take(order)
-
-
-def present_rows(table: pa.Table) -> list[int]:
-    return np.flatnonzero(np.asarray(table["present"])).tolist()
-
-
-def set_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    at = table.schema.get_field_index(name)
-    return table.set_column(at, table.schema.field(at), values)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -213,10 +197,6 @@ def test_presence_that_the_vectors_do_not_bear_out_is_found(broken: Broken, caug
     caught(VIEW, entry.shard, row, problem="present", level="rows")
 
 
-def flip(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
-
-
 @FORMS
 def test_a_flipped_bit_of_a_vector_is_found_with_its_row(broken: Broken, caught: Check, forged: bool) -> None:
     entry = broken.entry(VIEW, "sound", SHARD)
@@ -229,7 +209,7 @@ def test_a_flipped_bit_of_a_vector_is_found_with_its_row(broken: Broken, caught:
 
 
 @PARQUET
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_flipped_bit_anywhere_is_found(broken: Broken, caught: Check, kind: str, name: str, share: float) -> None:
     entry = broken.entry(kind, name, SHARD)
     content = broken.path(entry).read_bytes()
@@ -244,24 +224,10 @@ def test_no_flipped_bit_that_the_catalog_bears_out_is_read_as_another_row(
     """A checksum made after the flip says nothing: the rows' digests must, or what was flipped changes no row."""
     entry = broken.entry(kind, name, SHARD)
     content = broken.path(entry).read_bytes()
-    for at in range(11, len(content), len(content) // 12):
+    for at in range(11, len(content), len(content) // 7):
         broken.change(broken.entry(kind, name, SHARD), flip(content, at), True)
         verify(broken.storage)
         assert not misreadings(broken.storage, whole.truth)
-
-
-def members(content: bytes) -> list[tuple[tarfile.TarInfo, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        return [(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
-
-
-def tar_of(contents: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for info, raw in contents:
-            info.size = len(raw)
-            tar.addfile(info, io.BytesIO(raw))
-    return out.getvalue()
 
 
 def row_of(broken: Broken, entry: Entry, member: str) -> int:
@@ -386,32 +352,6 @@ def test_a_quarantine_that_does_not_say_what_the_rows_say_is_found(broken: Broke
         caught(QUARANTINE, gone.shard, problem="gone", level="rows")
 
 
-def test_a_stale_index_is_found_and_does_not_answer(broken: Broken) -> None:
-    encode_view(broken.storage, "sound", "log-mel", {"n_mels": 32})
-    findings = verify(broken.storage).findings
-    assert any(each.kind == "index" and each.name == "heard" and "stale" in each.problem for each in findings)
-    with pytest.raises(StoreError, match="braid run"):
-        FeatureStore(broken.storage).search("heard", vector=np.ones(8))
-
-
-@FORMS
-@pytest.mark.parametrize("place", ["rows", "index"])
-def test_rows_of_an_index_that_are_not_its_vectors_are_found(broken: Broken, forged: bool, place: str) -> None:
-    entry = next(each for each in broken.snapshot().entries("index", "heard") if each.shard == place)
-    if place == "rows":
-        broken.rewrite(entry, swap(broken.read(entry), 1, 5), forged)
-    else:
-        held = indexes.deserialise(broken.path(entry).read_bytes(), "Flat", 8, entry.rows)
-        matrix = held.reconstruct_n(0, held.ntotal)
-        matrix[[1, 5]] = matrix[[5, 1]]
-        broken.change(entry, indexes.serialise(indexes.build(matrix, "Flat", 0)), forged)
-    findings = verify(broken.storage, level="bytes" if not forged else "rows").findings
-    assert findings
-    assert {each.kind for each in findings} == {"index"}
-    if forged or place == "rows":
-        assert {1, 5} <= {each.row for each in findings}
-
-
 def test_a_catalog_that_cannot_be_read_is_a_finding(broken: Broken) -> None:
     for log in sorted((broken.folder / "catalog" / "_delta_log").glob("*.json")):
         log.write_bytes(log.read_bytes()[:-40])
@@ -425,15 +365,15 @@ def test_a_file_of_the_catalog_that_is_gone_is_a_finding(broken: Broken) -> None
     assert [each.kind for each in verify(broken.storage).findings] == ["catalog"]
 
 
-@pytest.mark.parametrize("lineage", ["", "[]", '{"corpus": "planted"}'])
-@pytest.mark.parametrize(("kind", "name"), [(VIEW, "sound"), (ROWS, "planted"), ("index", "heard")])
+@pytest.mark.parametrize("lineage", ["[]", '{"corpus": "planted"}'])
+@pytest.mark.parametrize(("kind", "name"), [(VIEW, "sound"), (ROWS, "planted")])
 def test_a_lineage_that_says_nothing_is_a_finding(broken: Broken, kind: str, name: str, lineage: str) -> None:
     entry = broken.entry(kind, name, 0)
     broken.commit(entry, entry._replace(lineage=lineage))
     assert any(each.kind == kind for each in verify(broken.storage).findings)
 
 
-@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "", "views", "views/\x00"])
+@pytest.mark.parametrize("path", ["../outside", "", "views"])
 def test_a_path_that_is_no_file_of_the_store_is_a_finding(broken: Broken, path: str) -> None:
     entry = broken.entry(VIEW, "sound", SHARD)
     broken.commit(entry, entry._replace(path=path))
