@@ -93,10 +93,11 @@ def tar_key(sample_id: str) -> str:
     and control characters everywhere; a slash that begins or ends the id or follows a slash; and the parts `.` and `..`,
     so that no tar names a path outside. One-to-one: `from_tar_key` restores the id.
     """
-    head, slash, last = _CONTROL_OR_PERCENT.sub(_escape, sample_id).rpartition("/")
+    escaped = _CONTROL_OR_PERCENT.sub(_escape, sample_id)
+    # Slashes before dots: where a slash at the end is escaped, the last part is the one before it.
+    head, slash, last = re.sub(r"^/|(?<=/)/|/$", "%2F", escaped).rpartition("/")
     folders = [part.replace(".", "%2E") if part in (".", "..") else part for part in head.split("/")] if slash else []
-    key = "/".join([*folders, last.replace(".", "%2E")])
-    return re.sub(r"^/|(?<=/)/|/$", "%2F", key)
+    return "/".join([*folders, last.replace(".", "%2E")])
 
 
 def from_tar_key(key: str) -> str:
