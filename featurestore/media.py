@@ -93,7 +93,8 @@ def decode_image(raw: bytes, smallest_side: int | None = None) -> "Image.Image":
         if smallest_side is not None:
             image.draft("RGB", (smallest_side, smallest_side))
         image.load()
-        return _on_white(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _on_white(image)
 
 
 def decode_audio(raw: bytes, sample_rate: int, max_seconds: float | None = None) -> NDArray[np.float32]:

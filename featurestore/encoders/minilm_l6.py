@@ -61,9 +61,7 @@ class Encoder(BaseEncoder):
         tokenizer, model = self.load()
         if not values:
             return np.empty((0, self.dim), np.float32)
-        with self._lock:
-            # The tokenizer keeps padding and truncation as state: two threads at once raise 'Already borrowed'.
-            batch = tokenizer(list(values), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        batch = tokenizer(list(values), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         with torch.inference_mode():
             hidden_BTD = model(**batch).last_hidden_state
             mask_BT1 = batch["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
