@@ -90,14 +90,17 @@ def tar_key(sample_id: str) -> str:
     """The WebDataset key of a sample: its id, with what WebDataset or a tar would misread %-escaped.
 
     WebDataset cuts a key at the first dot of the last path part, so dots there are escaped; percent signs, backslashes
-    and control characters everywhere; a slash that begins or ends the id or follows a slash; and the parts `.` and `..`,
-    so that no tar names a path outside. One-to-one: `from_tar_key` restores the id.
+    and control characters everywhere; a slash that begins or ends the id or follows a slash; the parts `.` and `..`, so
+    that no tar names a path outside; and the first underscore of a first part like `__meta__`, which WebDataset skips.
+    One-to-one: `from_tar_key` restores the id.
     """
     escaped = _CONTROL_OR_PERCENT.sub(_escape, sample_id)
     # Slashes before dots: where a slash at the end is escaped, the last part is the one before it.
     head, slash, last = re.sub(r"^/|(?<=/)/|/$", "%2F", escaped).rpartition("/")
     folders = [part.replace(".", "%2E") if part in (".", "..") else part for part in head.split("/")] if slash else []
-    return "/".join([*folders, last.replace(".", "%2E")])
+    key = "/".join([*folders, last.replace(".", "%2E")])
+    # WebDataset leaves out what is in a folder of such a name.
+    return re.sub(r"^_(?=_[^/]*__(/|$))", "%5F", key)
 
 
 def from_tar_key(key: str) -> str:

@@ -1,9 +1,12 @@
 import hashlib
+import io
 import struct
+import tarfile
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from featurestore.errors import InputError
 from featurestore.identity import (
@@ -22,7 +25,7 @@ from featurestore.identity import (
 
 # Ids are texts that UTF-8 can hold: no lone surrogates.
 IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=24)
-KEYS = st.text("ab./%\\\x00\x1f\x7f\x85é字 ", min_size=1, max_size=12)
+KEYS = st.text("ab_./%\\\x00\x1f\x7f\x85é字 ", min_size=1, max_size=12)
 
 
 @given(KEYS | IDS)
@@ -48,6 +51,26 @@ def test_a_tar_key_is_one_that_webdataset_and_tar_read_as_it_stands(sample_id: s
     assert "\\" not in key
 
 
+@given(st.lists(KEYS | IDS, unique=True, min_size=1, max_size=4))
+@example(["__a__/b", "__a__", "a.b/", "a.c/"])
+@example(["clip_00.37", "clip_00.42", "Case", "case"])
+@settings(deadline=None)
+def test_webdataset_reads_each_sample_by_itself_and_gives_its_key_back(ids: list[str]) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for number, sample_id in enumerate(ids):
+            for field in ("image", "caption"):
+                info = tarfile.TarInfo(f"{tar_key(sample_id)}.{field}.txt")
+                info.size = 1
+                tar.addfile(info, io.BytesIO(bytes([number])))
+    out.seek(0)
+    samples = list(group_by_keys({"__url__": "x", **each} for each in tar_file_iterator(out)))
+    assert [from_tar_key(each["__key__"]) for each in samples] == ids
+    assert [(each["image.txt"], each["caption.txt"]) for each in samples] == [
+        (bytes([number]), bytes([number])) for number in range(len(ids))
+    ]
+
+
 @given(st.lists(KEYS | IDS, unique=True, max_size=8))
 def test_different_ids_have_different_tar_keys(ids: list[str]) -> None:
     assert len({tar_key(each) for each in ids}) == len(ids)
@@ -65,6 +88,8 @@ def test_different_ids_have_different_tar_keys(ids: list[str]) -> None:
         ("/a//b/", "%2Fa/%2Fb%2F"),
         ("../a", "%2E%2E/a"),
         ("a.b/", "a%2Eb%2F"),
+        ("__a__/b", "%5F_a__/b"),
+        ("__a/b__", "__a/b__"),
     ],
 )
 def test_tar_keys_stay_what_they_were(sample_id: str, key: str) -> None:
