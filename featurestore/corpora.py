@@ -7,8 +7,10 @@ locate the value in the tar, so that one value is read without reading the tar.
 
 import tarfile
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurestore import artefact
 from featurestore.catalog import Entry, Snapshot
@@ -116,6 +118,19 @@ class Corpus:
     def ids(self, key: str) -> list[str]:
         """A shard's ids in order."""
         return list(self.read(key)["id"].to_pylist())
+
+    def columns(self, key: str, start: int = 0, rows: int | None = None) -> list[dict[str, Any]]:
+        """What a shard's rows say of their samples: `id`, `group`, times and the source's own columns, a dict for each.
+
+        Times are ISO 8601 texts in UTC: a `datetime` cannot hold nanoseconds.
+        """
+        table = self.read(key).drop_columns(["etag", *self.fields]).slice(start, rows)
+        for place, field in enumerate(table.schema):
+            if pa.types.is_timestamp(field.type):
+                times = pc.strftime(table[field.name].cast(pa.timestamp("ns")), "%Y-%m-%dT%H:%M:%SZ")
+                table = table.set_column(place, field.name, times)
+        columns: list[dict[str, Any]] = table.to_pylist()
+        return columns
 
     def locate(self, sample_id: str) -> tuple[str, int]:
         """The (shard, row) of a sample; NotFound where the corpus has no such id."""

@@ -25,8 +25,7 @@ def export_webdataset(store: FeatureStore, views: Sequence[str], out: Path, raw:
     view where its value is present (a missing vector is a missing member, never zeros) and, with `raw`, its raw fields.
 
     Raises:
-        InputError: views of different corpora, a view named like a field whose raw values are asked for too, or a folder
-            that holds files already.
+        InputError: views of different corpora, or a folder that holds files already.
     """
     opened = [store.view(name) for name in dict.fromkeys(views)]
     corpora = {view.corpus.name for view in opened}
@@ -66,12 +65,8 @@ def _members(corpus: Corpus, views: Sequence[View], shard: str, raw: bool) -> It
     tables = {view.name: view.read(shard) for view in views}
     matrices = {name: vectors.matrix(table["embedding"]) for name, table in tables.items()}
     present = {name: np.asarray(table["present"]) for name, table in tables.items()}
-    columns = rows.drop_columns(["etag", *corpus.fields]).to_pylist()
-    for row, about in enumerate(columns):
-        yield (
-            f"{tar_key(about['id'])}.json",
-            json.dumps(about, sort_keys=True, ensure_ascii=False, default=str).encode(),
-        )
+    for row, about in enumerate(corpus.columns(shard)):
+        yield f"{tar_key(about['id'])}.json", json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
         for name, matrix in matrices.items():
             if present[name][row]:
                 yield f"{tar_key(about['id'])}.{name}.npy", npy(matrix[row])

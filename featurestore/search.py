@@ -1,6 +1,7 @@
 """Searching an index of a store, across modalities, and opening what was found."""
 
 import base64
+import datetime
 import html
 import io
 import json
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurestore import artefact, builds, encoders, indexes
 from featurestore.catalog import Snapshot
@@ -148,7 +150,7 @@ class Index:
             k: at least 1; more than there are gives all there are.
             where: an SQL condition over the corpus's columns, e.g. `label = 'animals'`.
             modality: only rows of views of this modality.
-            as_of: only samples available by this time (ISO 8601 or ns since 1970).
+            as_of: only samples available by this time (ISO 8601, UTC where it names no zone, or ns since 1970).
         """
         allowed = self._allowed(where, modality, as_of)
         scores, rows = indexes.search(self._index, np.atleast_2d(query), k, allowed)
@@ -185,40 +187,42 @@ class Index:
                 raise InputError(f"modality={modality!r} is not allowed; one of: {', '.join(MODALITIES)}")
             views = [name for name, view in self.views.items() if view.modality == modality]
             allowed &= np.isin(self._table["view"].to_pylist(), views)
-        if where is not None or as_of is not None:
-            allowed &= self._filter(where, as_of)
+        if where is not None:
+            allowed &= self._where(where)
+        if as_of is not None:
+            allowed &= self._available(as_of)
         return None if allowed.all() else np.flatnonzero(allowed)
 
-    def _filter(self, where: str | None, as_of: str | int | None) -> np.ndarray:
+    def _where(self, where: str) -> np.ndarray:
+        """Which rows a condition holds for, bool [n]."""
         try:
             import duckdb
         except ImportError:
-            raise MissingExtra("where= and as_of= need duckdb: pip install 'braid[read]'") from None
+            raise MissingExtra("where= needs duckdb: pip install 'braid[read]'") from None
         rows = self._sample_columns()
-        conditions = [f"({where})"] if where is not None else []
-        if as_of is not None:
-            clock = next(
-                (name for name in ("available_timestamp", "event_timestamp") if name in rows.column_names), None
-            )
-            if clock is None:
-                raise InputError(
-                    f"as_of={as_of!r}: the corpus has no event_timestamp; name it in corpus.columns of the spec"
-                )
-            moment = f"make_timestamp_ns({as_of})" if isinstance(as_of, int) else f"TIMESTAMPTZ '{_quoted(as_of)}'"
-            conditions.append(f"{clock} <= {moment}")
-        # The condition is a person's: it may read the rows and nothing else.
-        with duckdb.connect(config={"enable_external_access": "false", "lock_configuration": "true"}) as connection:
-            connection.register("rows", rows.append_column("__row", pa.array(range(len(rows)))))
+        # The condition is a person's: one expression over these rows, which reads no file, no variable and no network.
+        locked = dict.fromkeys(("enable_external_access", "python_enable_replacements"), "false")
+        with duckdb.connect(config=locked | {"lock_configuration": "true"}) as connection:
+            numbered = connection.from_arrow(rows.append_column("__row", pa.array(range(len(rows)))))
             try:
-                found = connection.execute(f"SELECT __row FROM rows WHERE {' AND '.join(conditions)}").fetchnumpy()[
-                    "__row"
-                ]
+                found = numbered.filter(where).select("__row").fetchnumpy()["__row"]
             except duckdb.Error as error:
                 columns = ", ".join(rows.column_names)
                 raise InputError(f"where={where!r}: {str(error).splitlines()[0]}; columns: {columns}") from None
         kept = np.zeros(len(rows), bool)
         kept[np.asarray(found, np.int64)] = True
         return kept
+
+    def _available(self, as_of: str | int) -> np.ndarray:
+        """Which rows are of samples that were available at a time, bool [n]; one without a time never was."""
+        rows = self._sample_columns()
+        clocks = [name for name in ("available_timestamp", "event_timestamp") if name in rows.column_names]
+        if not clocks:
+            raise InputError(
+                f"as_of={as_of!r}: the corpus has no event_timestamp; name it in corpus.columns of the spec"
+            )
+        times = rows[clocks[0]].cast(pa.int64())
+        return np.asarray(pc.fill_null(pc.less_equal(times, _nanoseconds(as_of)), False))
 
     def _sample_columns(self) -> pa.Table:
         """The corpus's columns for every row of the index."""
@@ -236,9 +240,9 @@ class Index:
         view = self.views[found["view"]]
         if view.corpus.ids(found["shard"])[found["row"]] != found["id"]:
             raise StoreError(f"index {self.name!r} row {row} is not {found['id']!r}; run `braid verify`")
-        columns = view.corpus.read(found["shard"]).drop_columns(["id", "etag", *view.corpus.fields])
-        return Hit(found["id"], score, found["view"], columns.slice(found["row"], 1).to_pylist()[0],
-                   _Place(view, found["shard"], found["row"]))  # fmt: skip
+        (columns,) = view.corpus.columns(found["shard"], found["row"], 1)
+        del columns["id"]
+        return Hit(found["id"], score, found["view"], columns, _Place(view, found["shard"], found["row"]))
 
 
 class Query:
@@ -288,5 +292,16 @@ def _content(storage: Any, entry: Any) -> bytes:
     return artefact.read_checked(storage, entry.path, entry.sha256)
 
 
-def _quoted(text: str) -> str:
-    return text.replace("'", "''")
+def _nanoseconds(as_of: str | int) -> int:
+    """Since 1970, of whole nanoseconds or an ISO 8601 time (UTC where it names no zone, as in a manifest)."""
+    if isinstance(as_of, int) and not isinstance(as_of, bool):
+        return as_of
+    try:
+        moment = datetime.datetime.fromisoformat(str(as_of))
+    except ValueError:
+        raise InputError(
+            f"as_of={as_of!r} is not a time; allowed: ISO 8601, e.g. 2026-01-31T12:00:00Z, or whole nanoseconds since 1970"
+        ) from None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return ((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds) * 1_000
