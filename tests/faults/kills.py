@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
 
-from featurestore.catalog import Entry
+from featurestore.catalog import Entry, Snapshot
 from featurestore.corpora import ROWS
 from featurestore.store import FeatureStore
 from featurestore.views import VIEW
@@ -64,11 +64,11 @@ class Step(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """An uninterrupted run: its store, its steps in order, and the digest at each version."""
+    """An uninterrupted run: its store, its steps in order, and the catalog at each version."""
 
     store: Path
     steps: list[Step]
-    digests: list[str]
+    versions: list[Snapshot]
 
 
 class Aim(NamedTuple):
@@ -132,14 +132,15 @@ def _reference(server: ForkServerContext, spec: Path) -> Reference:
     store = store_of(spec)
     newest = FeatureStore(store)
     jobs = [commit["job"] for commit in reversed(newest.history())]
+    assert len(set(jobs)) == len(jobs), f"a job is one commit: {jobs}"
     versions = [FeatureStore(store, version).snapshot for version in range(len(jobs))]
     steps = []
     for version in range(1, len(jobs)):
         files = {entry.path: entry for entry in set(versions[version].all()) - set(versions[version - 1].all())}
         committed = _commit_file(store, version).stat().st_mtime
         last = max((store / path).stat().st_mtime for path in files)
-        steps.append(Step(jobs[version], files, committed - run.begun[jobs[version]], committed - last))
-    return Reference(store, steps, [snapshot.digest() for snapshot in versions])
+        steps.append(Step(jobs[version], files, committed - run.opened[jobs[version]][0][0], committed - last))
+    return Reference(store, steps, versions)
 
 
 class _Chain:
@@ -179,6 +180,7 @@ class _Chain:
                 killed = self._strike(run, before)
                 if not killed:
                     run.check_ended_well()
+                self._check_lost(run)
             self._count(run, before)
             self._check_kept(before, version)
             self._check_readers()
@@ -189,7 +191,7 @@ class _Chain:
         aims: dict[str, Aim | None] = {}
         while run.is_alive():
             step = self._step()
-            if step is not None and step.job in run.begun:
+            if step is not None and step.job in run.opened:
                 if step.job not in aims:
                     aims[step.job] = self._draw(step, before)
                 aim = aims[step.job]
@@ -221,7 +223,7 @@ class _Chain:
     def _count(self, run: Run, before: Stats) -> None:
         """Counts a kill where it hit a job at work: one that has opened a file, and whose commit is not there."""
         step = self._step()
-        if step is None or step.job not in run.begun:
+        if step is None or step.job not in run.opened:
             return
         written = self._written(step, before)
         placed = written | (before.keys() & step.files.keys() if step.sharded else set())
@@ -231,7 +233,7 @@ class _Chain:
 
     def _version(self) -> int:
         """The newest version, seen without opening the catalog; -1 where there is no store yet."""
-        versions = reversed(range(len(self._made.digests)))
+        versions = reversed(range(len(self._made.versions)))
         return next((version for version in versions if _commit_file(self._store, version).exists()), -1)
 
     def _step(self) -> Step | None:
@@ -245,6 +247,17 @@ class _Chain:
     def _written(self, step: Step, before: Stats) -> set[str]:
         """The files of a step that the run has placed, for the first time or again."""
         return {path for path, stat in _stats(self._store, step.files).items() if before.get(path) != stat}
+
+    def _check_lost(self, run: Run) -> None:
+        """A run loses no more shards than it may have in flight: of those it read, or has in scratch, all others are done."""
+        step = self._step()
+        if step is None or not step.sharded:
+            return
+        shards = {path: entry.shard for path, entry in self._made.steps[0].files.items()}
+        read = {shards[key] for _, key in run.opened.get(step.job, ()) if key in shards}
+        lost = read - step.done(_stats(self._store, step.files))
+        scratch = list(self._store.glob(f".tmp/*-{run.pid}-*"))
+        assert max(len(lost), len(scratch)) <= InFlight.SHARDS_IN_FLIGHT, f"{step.job}: {sorted(lost)}, {scratch}"
 
     def _check_kept(self, before: Stats, version: int) -> None:
         """A run does nothing again that was committed or done before it; of the rest, only what was in flight."""
@@ -263,17 +276,17 @@ class _Chain:
         if version < 0:
             return
         seen = FeatureStore(self._store)
-        assert (seen.version, seen.digest()) == (version, self._made.digests[version])
+        assert (seen.version, seen.snapshot.all()) == (version, self._made.versions[version].all())
         for name in seen.views():
             view = seen.view(name)
-            assert len(view.to_arrow()) == view.rows
+            assert len(view.to_arrow()) == len(view.corpus.to_arrow())
         for opened, names in ((seen.index, seen.indexes()), (seen.training_set, seen.training_sets())):
             for name in names:
                 opened(name)
 
     def _check_whole(self) -> None:
         """The store is the reference's: the same digest, the same files and no other, and no scratch."""
-        assert FeatureStore(self._store).digest() == self._made.digests[-1]
+        assert FeatureStore(self._store).digest() == self._made.versions[-1].digest()
         assert _listing(self._store) == _listing(self._made.store)
         assert not list(self._store.glob(".tmp/*"))
 

@@ -20,11 +20,14 @@ __all__ = ["TIME_LIMIT_S", "Run", "start_server", "store_of"]
 TIME_LIMIT_S = 300
 _IMPORTS = (
     "__main__",
+    "apache_beam.runners.portability.fn_api_runner.fn_runner",
     "faiss",
     "featurestore.encoders.log_mel",
     "featurestore.encoders.mfcc",
     "jobs.cli",
     "jobs.run",
+    "pyarrow.dataset",
+    "safetensors.numpy",
     "sklearn.linear_model",
     "soundfile",
     "soxr",
@@ -53,13 +56,19 @@ class Run:
     def __init__(self, server: ForkServerContext, spec: Path) -> None:
         self.log = spec.with_suffix(".log")
         self.log.write_text("")
-        self.begun: dict[str, float] = {}
-        """Job -> when it first opened a file of the store (seconds since 1970)."""
+        self.opened: dict[str, list[tuple[float, str]]] = {}
+        """Job -> the files of the store that it opened, catalog left out: (seconds since 1970, key)."""
         self._file, self._rest, self._started = self.log.open(), "", ""
         self._deadline = time.monotonic() + TIME_LIMIT_S
         arguments = (str(spec), str(store_of(spec)), str(self.log))
         self._process = server.Process(target=_braid, args=arguments, daemon=True)
         self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """The id of its process."""
+        assert self._process.pid is not None
+        return self._process.pid
 
     def is_alive(self) -> bool:
         """Whether the run goes on; reads what it has logged meanwhile. Fails where it takes too long."""
@@ -67,7 +76,8 @@ class Run:
         *lines, self._rest = (self._rest + self._file.read()).split("\n")
         for line in lines:
             if line.startswith("opened ") and self._started:
-                self.begun.setdefault(self._started, float(line.split()[1]))
+                _, moment, key = line.split(" ", 2)
+                self.opened.setdefault(self._started, []).append((float(moment), key))
             elif ": started" in line:
                 self._started = line.partition(":")[0]
         assert not alive or time.monotonic() < self._deadline, f"more than {TIME_LIMIT_S} s:\n{self.log.read_text()}"
@@ -119,4 +129,4 @@ class _Opened:
         if event == "open" and isinstance(args[0], str | os.PathLike):
             path = os.fspath(args[0])
             if path.startswith(self._within) and not path.startswith(self._without):
-                os.write(self._log, f"opened {time.time()} {path}\n".encode())
+                os.write(self._log, f"opened {time.time()} {path.removeprefix(self._within)}\n".encode())
