@@ -25,8 +25,10 @@ def export_webdataset(store: FeatureStore, views: Sequence[str], out: Path, raw:
     view where its value is present (a missing vector is a missing member, never zeros) and, with `raw`, its raw fields.
 
     Raises:
-        InputError: views of different corpora, or a folder that holds files already.
+        InputError: no view, views of different corpora, or a folder that holds files already.
     """
+    if not views:
+        raise InputError(f"name at least one view; the store has: {', '.join(store.views()) or 'none'}")
     opened = [store.view(name) for name in dict.fromkeys(views)]
     corpora = {view.corpus.name for view in opened}
     if len(corpora) != 1:
