@@ -85,7 +85,12 @@ def view_plans(spec: Spec) -> list[encode.ViewPlan]:
 
 def build_settings(spec: Spec, stage: str) -> dict[str, dict[str, Any]]:
     """Name -> settings of the builds of a stage."""
-    parts: dict[str, Any] = {"align": spec.spaces, "index": spec.indexes, "fuse": spec.training_sets}[stage]
+    stages: dict[str, dict[str, Any]] = {
+        "align": dict(spec.spaces),
+        "index": dict(spec.indexes),
+        "fuse": dict(spec.training_sets),
+    }
+    parts = stages[stage]
     settings = {"align": align.settings, "index": index.settings, "fuse": fuse.settings}[stage]
     return {name: settings(spec.corpus.name, part.model_dump(mode="json")) for name, part in parts.items()}
 

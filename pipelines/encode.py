@@ -246,7 +246,7 @@ class ShardEncoder:
                 f"encoder {self.plan.encoder} gave {encoded.shape} for {len(values)} values; {self.encoder.dim} values each "
                 "are expected: the encoder is wrong"
             )
-        finite: np.ndarray = np.isfinite(encoded).all(axis=1)
+        finite = np.asarray(np.isfinite(encoded).all(axis=1))
         return [
             vector if ok else DecodeError("nan_output", f"{self.plan.encoder} gave NaN or infinity")
             for vector, ok in zip(encoded, finite.tolist(), strict=True)
