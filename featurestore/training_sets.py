@@ -1,7 +1,7 @@
 """Reading a training set of a store: its rows by split, its files, its card, and its batches for PyTorch."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
