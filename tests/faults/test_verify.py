@@ -15,9 +15,9 @@ import pytest
 
 from featurestore import vectors
 from featurestore.catalog import Entry
-from featurestore.corpora import MEDIA, QUARANTINE, ROWS
+from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, ROWS, Corpus
 from featurestore.encoders import fingerprint_of
-from featurestore.errors import InputError, NotFound
+from featurestore.errors import AlignmentError, InputError, NotFound
 from featurestore.identity import from_tar_key, row_digest
 from featurestore.inspection import MOST_NAMED, Inspection
 from featurestore.storage import Storage
@@ -168,6 +168,20 @@ def test_fields_permuted_under_unchanged_ids_are_found(broken: Broken, caught: C
     caught(MEDIA, entry.shard, first, second, level="rows")
 
 
+def test_a_value_given_to_the_sample_before_it_is_found_and_not_read(broken: Broken) -> None:
+    """The places still ascend: only the name in the tar tells."""
+    entry = broken.entry(ROWS, "planted", SHARD)
+    table = broken.read(entry)
+    field, sounds = table["caption"].to_pylist(), table["sound"].to_pylist()
+    row = next(row for row in range(len(field) - 1) if not sounds[row]["present"] and field[row + 1]["present"])
+    field[row : row + 2] = field[row + 1], {"present": False, "miss_reason": "absent"}
+    broken.rewrite(entry, set_column(table, "caption", pa.array(field, MEMBER)), True)
+    found = {each.row for each in verify(broken.storage, level="rows").findings if each.kind == MEDIA}
+    assert row in found
+    with pytest.raises(AlignmentError, match=rf"the caption of .* \(shard {entry.shard}, row {row}\) is not the value"):
+        Corpus(broken.snapshot(), "planted").value(entry.shard, row, "caption")
+
+
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
@@ -193,8 +207,21 @@ def test_presence_that_the_vectors_do_not_bear_out_is_found(broken: Broken, caug
     present = np.asarray(table["present"]).copy()
     row = int(np.flatnonzero(present)[0])
     present[row] = False
-    broken.rewrite(entry, set_column(table, "present", pa.array(present)), True)
-    caught(VIEW, entry.shard, row, problem="present", level="rows")
+    reasons = table["miss_reason"].to_pylist()
+    reasons[row] = "decode_error"
+    changed = set_column(set_column(table, "present", pa.array(present)), "miss_reason", pa.array(reasons))
+    broken.rewrite(entry, changed, True)
+    caught(VIEW, entry.shard, row, problem="beside a vector that is whole", level="rows")
+
+
+def test_a_miss_reason_that_presence_does_not_bear_out_is_found(broken: Broken, caught: Check) -> None:
+    entry = broken.entry(VIEW, "sound", SHARD)
+    table = broken.read(entry)
+    reasons = table["miss_reason"].to_pylist()
+    row = present_rows(table)[0]
+    reasons[row] = "decode_error"
+    broken.rewrite(entry, set_column(table, "miss_reason", pa.array(reasons)), True)
+    caught(VIEW, entry.shard, row, problem="with miss_reason 'decode_error'", level="rows")
 
 
 @FORMS
