@@ -20,6 +20,7 @@ from featurestore.catalog import Catalog, Change, Entry
 from featurestore.errors import BraidError, BudgetExceeded
 from featurestore.storage import Storage
 
+_EXAMPLE_LENGTH = 300
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
 
@@ -37,8 +38,8 @@ class Result(NamedTuple):
 
 
 def result(shard: str, entries: Sequence[Entry], tried: int = 0, rejected: int = 0, example: str = "") -> Result:
-    """A Result of catalog entries."""
-    return Result(shard, json.dumps(entries), tried, rejected, example)
+    """A Result of catalog entries; the example is cut, so that a Result stays a descriptor."""
+    return Result(shard, json.dumps(entries), tried, rejected, example[:_EXAMPLE_LENGTH])
 
 
 class Scope(NamedTuple):

@@ -143,8 +143,9 @@ def test_results_with_the_longest_lineage_are_descriptors_too(made: Made) -> Non
     """Of the encoders with weights, whose cards are the longest."""
     coder = registry.get_coder(Result)
     snapshot = made.open().snapshot
+    told = f"image of {'x' * 1024!r}: broken " * 10
     sizes = {
-        name: max(len(coder.encode(result(entry.shard, [entry]))) for entry in snapshot.entries(VIEW, name))
+        name: max(len(coder.encode(result(entry.shard, [entry], 8, 8, told))) for entry in snapshot.entries(VIEW, name))
         for name in snapshot.names(VIEW)
     }
     assert max(sizes.values()) <= MAX_ELEMENT_BYTES, sizes
