@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 
 from featurestore import artefact
 from featurestore.catalog import Entry, Snapshot
-from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, REJECTED, ROWS, Corpus, member_name
+from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, REJECTED, ROWS, Corpus, member_header
+from featurestore.encoders.runtime import keep_freed_memory
 from featurestore.errors import DecodeError, InputError
 from featurestore.identity import IngestDigest, hash64, ids_sha256, input_digest
 from featurestore.storage import Storage
@@ -188,6 +189,7 @@ class _WriteShard(InFlight):
 
     def setup(self) -> None:
         super().setup()
+        keep_freed_memory()
         self._writer = ShardWriter(Storage.from_json(self._storage), json.loads(self._corpus))
 
     def work(self, task: ShardTask) -> Result:
@@ -306,7 +308,7 @@ class ShardWriter:
             reason = "absent" if raw is None else raw.reason
             return {"present": False, "miss_reason": reason, "source": source}
         ext = _extension(self.corpus["fields"][field]["modality"], raw)
-        offset = tar.add(member_name(sample_id, field, ext), raw)
+        offset = tar.add(member_header(sample_id, field, ext, len(raw)), raw)
         return {
             "present": True, "offset": offset, "size": len(raw), "digest": input_digest(raw), "ext": ext, "source": source,
         }  # fmt: skip
@@ -425,11 +427,9 @@ class _TarWriter:
         self._file.close()
         self.sha256 = self._digest.hexdigest()
 
-    def add(self, name: str, raw: bytes) -> int:
+    def add(self, header: bytes, raw: bytes) -> int:
         """Adds a member and returns the offset of its data."""
-        info = tarfile.TarInfo(name)
-        info.size = len(raw)
-        self._write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+        self._write(header)
         offset = self._size
         self._write(raw)
         self._write(bytes(-len(raw) % tarfile.BLOCKSIZE))
