@@ -150,6 +150,10 @@ class Catalog:
         delta = self._open(version)
         return self._load(delta)
 
+    def peek(self) -> Snapshot:
+        """The newest snapshot, or an empty one of version -1 where there is no catalog yet: for planning."""
+        return self.snapshot() if self.exists() else Snapshot(self.storage, SCHEMA.empty_table(), -1)
+
     def _load(self, delta: DeltaTable) -> Snapshot:
         return Snapshot(self.storage, _read(delta), delta.version())
 

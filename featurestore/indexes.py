@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featurestore.errors import AlignmentError, InputError, MissingExtra
 
-__all__ = ["Tuned", "build", "choose_factory", "configure", "deserialise", "search", "serialise", "tune"]
+__all__ = ["Tuned", "build", "choose_factory", "configure", "deserialise", "search", "serialise", "tune", "vector"]
 
 Index = Any  # faiss.Index: faiss has no types
 Vectors = NDArray[np.float32]
@@ -156,6 +156,14 @@ def search(index: Index, queries: Vectors, k: int, allowed: Rows | None = None) 
     return _ordered(scores, rows)
 
 
+def vector(index: Index, row: int) -> Vectors:
+    """The vector of one row, [d] float32, as the index holds it: exact for Flat, HNSW and IVF over Flat."""
+    if isinstance(index, _faiss().IndexIVF):
+        index.make_direct_map()
+    found: Vectors = index.reconstruct(row)
+    return found
+
+
 def tune(index: Index, queries: Vectors, truth: Rows, recall: float) -> Tuned:
     """Set the smallest nprobe or efSearch, of the powers of two, that reaches a recall against exact search.
 
@@ -201,6 +209,8 @@ def _check_query(index: Index, queries: Vectors, k: int) -> None:
     if not np.isfinite(queries).all():
         bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
         raise InputError(f"queries {bad[:5].tolist()} are not finite: a missing value cannot be searched for")
+    if not queries.any(axis=1).all():
+        raise InputError("a query is all zeros: it has no direction, so nothing is nearest to it")
     if k < 1:
         raise InputError(f"k is {k}: ask for at least 1 result")
 

@@ -1,7 +1,6 @@
 """Searching an index of a store, across modalities, and opening what was found."""
 
 import base64
-import datetime
 import html
 import io
 import json
@@ -13,8 +12,10 @@ import pyarrow.compute as pc
 
 from featurestore import artefact, builds, encoders, indexes
 from featurestore.catalog import Snapshot
-from featurestore.errors import InputError, MissingExtra, StoreError
+from featurestore.errors import AlignmentError, InputError, MissingExtra, StoreError
+from featurestore.identity import row_digest
 from featurestore.spaces import Space
+from featurestore.times import timestamp_ns
 from featurestore.views import View
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ class Index:
                 f"as_of={as_of!r}: the corpus has no event_timestamp; name it in corpus.columns of the spec"
             )
         times = rows[clocks[0]].cast(pa.int64())
-        return np.asarray(pc.fill_null(pc.less_equal(times, _nanoseconds(as_of)), False))
+        return np.asarray(pc.fill_null(pc.less_equal(times, timestamp_ns(as_of, "as_of")), False))
 
     def _sample_columns(self) -> pa.Table:
         """The corpus's columns for every row of the index."""
@@ -239,7 +240,12 @@ class Index:
         found = {name: self._table[name][row].as_py() for name in self._table.column_names}
         view = self.views[found["view"]]
         if view.corpus.ids(found["shard"])[found["row"]] != found["id"]:
-            raise StoreError(f"index {self.name!r} row {row} is not {found['id']!r}; run `braid verify`")
+            raise AlignmentError(f"index {self.name!r} row {row} is not {found['id']!r}; run `braid verify`")
+        if row_digest(found["id"], None, indexes.vector(self._index, row).tobytes()) != found["row_digest"]:
+            raise AlignmentError(
+                f"index {self.name!r}: the vector of row {row} is not the one that was made for {found['id']!r}; run "
+                "`braid verify`, then delete the index's files and `braid run`"
+            )
         (columns,) = view.corpus.columns(found["shard"], found["row"], 1)
         del columns["id"]
         return Hit(found["id"], score, found["view"], columns, _Place(view, found["shard"], found["row"]))
@@ -290,18 +296,3 @@ def read_card(snapshot: Snapshot, kind: str, name: str) -> dict[str, Any]:
 
 def _content(storage: Any, entry: Any) -> bytes:
     return artefact.read_checked(storage, entry.path, entry.sha256)
-
-
-def _nanoseconds(as_of: str | int) -> int:
-    """Since 1970, of whole nanoseconds or an ISO 8601 time (UTC where it names no zone, as in a manifest)."""
-    if isinstance(as_of, int) and not isinstance(as_of, bool):
-        return as_of
-    try:
-        moment = datetime.datetime.fromisoformat(str(as_of))
-    except ValueError:
-        raise InputError(
-            f"as_of={as_of!r} is not a time; allowed: ISO 8601, e.g. 2026-01-31T12:00:00Z, or whole nanoseconds since 1970"
-        ) from None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
-    since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    return ((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds) * 1_000

@@ -2,7 +2,8 @@
 
 Columns of a training set, per sample: `id`, `group`, `label`, `split`, `fold` (int8; -1 outside train), `weight`
 (float32), and per view `<view>` (its embedding), `<view>_present` (bool), `<view>_miss_reason` (text, null where
-present) and `<view>_pred` (log-probabilities of the classes by heads that never saw the sample's group).
+present) and `<view>_pred` (log-probabilities of the classes by heads that never saw the sample's group); and `row_digest`,
+which binds all of them.
 A missing embedding is NaN beside `present = false`.
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ from featurestore import vectors
 from featurestore.errors import InputError
 from featurestore.export import add_member, npy
 from featurestore.identity import tar_key
-from featurestore.loader import Batches, torch_dataset
 
-__all__ = ["Batches", "torch_dataset", "training_table", "views_of", "write_split"]
+__all__ = ["ROW_DIGEST", "row_digests", "training_table", "views_of", "write_split"]
 
+ROW_DIGEST = "row_digest"
 SCALARS = ("id", "group", "label", "split", "fold", "weight")
 
 
@@ -70,7 +72,24 @@ def training_table(
             raise InputError(f"view {view}: a training set has a column {taken[0]!r} already; rename the view")
         columns |= added
     fields = [pa.field(name, c.type, nullable=name.endswith("_miss_reason")) for name, c in columns.items()]
-    return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields))
+    table = pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields))
+    return table.append_column(
+        pa.field(ROW_DIGEST, pa.string(), nullable=False), pa.array(row_digests(table), pa.string())
+    )
+
+
+def row_digests(table: pa.Table) -> list[str]:
+    """Per row, 16 hex digits over everything else that stands in it: what moved to another row after it was made shows."""
+    rest = table.drop_columns([ROW_DIGEST]) if ROW_DIGEST in table.column_names else table
+    vector_columns = [name for name in rest.column_names if pa.types.is_fixed_size_list(rest.schema.field(name).type)]
+    arrays = [vectors.matrix(rest[name]) for name in vector_columns]
+    digests = []
+    for row, record in enumerate(rest.drop_columns(vector_columns).to_pylist()):
+        digest = sha256(json.dumps(record, sort_keys=True).encode())
+        for array in arrays:
+            digest.update(array[row].tobytes())
+        digests.append(digest.hexdigest()[:16])
+    return digests
 
 
 def views_of(schema: pa.Schema) -> list[str]:

@@ -9,6 +9,7 @@ from featurestore import artefact, builds
 from featurestore.catalog import Entry, Snapshot
 from featurestore.errors import AlignmentError, InputError
 from featurestore.search import read_card
+from featurestore.training import ROW_DIGEST, row_digests
 
 if TYPE_CHECKING:
     from featurestore.loader import Batches
@@ -81,6 +82,12 @@ class TrainingSet:
             raise AlignmentError(
                 f"{entry.path}: {len(table)} rows where the catalog says {entry.rows}; run `braid verify`"
             )
+        for row, (stored, found) in enumerate(zip(table[ROW_DIGEST].to_pylist(), row_digests(table), strict=True)):
+            if stored != found:
+                raise AlignmentError(
+                    f"{entry.path}: row {row}, id {table['id'][row].as_py()!r}, does not hold what was written there; run "
+                    "`braid verify`"
+                )
         return table
 
 

@@ -109,7 +109,9 @@ def plan(spec: SpecPath) -> None:
     from jobs import plan as planning
 
     loaded = _spec(spec)
-    steps = planning.steps(loaded, planning.open_catalog(loaded.store))
+    from featurestore.catalog import Catalog
+
+    steps = planning.steps(loaded, Catalog(loaded.store).peek())
     from rich.table import Table
 
     table = Table("stage", "name", "state", "to do", "why", box=None, pad_edge=False)

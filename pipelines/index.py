@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from featurestore import artefact, builds, indexes
 from featurestore.catalog import Catalog
-from featurestore.identity import hash64
+from featurestore.identity import DIGEST_BYTES, hash64, row_digest
 from featurestore.search import read_space
 from featurestore.storage import Storage
 from featurestore.views import View
@@ -30,9 +30,10 @@ ROWS_SCHEMA = pa.schema(
         pa.field("shard", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
+        pa.field("row_digest", pa.binary(DIGEST_BYTES), nullable=False),
     ]
 )
-"""What row of which view each row of an index is."""
+"""What row of which view each row of an index is, and the digest that binds its vector in the index to its id."""
 
 
 def settings(corpus: str, index: dict[str, Any]) -> dict[str, Any]:
@@ -56,8 +57,8 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
     for name in build.settings["views"]:
         view = View(snapshot, name)
         matrix, present = view.matrix()
-        tables.append(_rows(view).filter(pa.array(present)))
         parts.append(space.projections[name].apply(matrix[present]))
+        tables.append(_rows(view, present, parts[-1]))
     rows, vectors = pa.concat_tables(tables), np.concatenate(parts)
     factory = indexes.choose_factory(len(vectors), space.dim, build.settings["recall"])
     index = indexes.build(vectors, factory, SEED)
@@ -84,16 +85,17 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
     return result(build.key, [build_entry(build, name, each, count[name], lineage) for name, each in placed.items()])
 
 
-def _rows(view: View) -> pa.Table:
-    shards: list[str] = []
-    numbers: list[int] = []
-    ids: list[str] = []
-    for shard in view.corpus.shards:
-        own = view.corpus.ids(shard.shard)
-        ids += own
-        shards += [shard.shard] * len(own)
-        numbers += range(len(own))
-    return pa.table([[view.name] * len(ids), shards, numbers, ids], schema=ROWS_SCHEMA)
+def _rows(view: View, present: np.ndarray, vectors: np.ndarray) -> pa.Table:
+    """The rows of a view whose value is present, beside their vectors."""
+    places = [
+        (shard.shard, row, sample_id)
+        for shard in view.corpus.shards
+        for row, sample_id in enumerate(view.corpus.ids(shard.shard))
+    ]
+    kept = [place for place, there in zip(places, present.tolist(), strict=True) if there]
+    digests = [row_digest(place[2], None, vector.tobytes()) for place, vector in zip(kept, vectors, strict=True)]
+    columns = [[view.name] * len(kept), *([place[each] for place in kept] for each in range(3)), digests]
+    return pa.table(columns, schema=ROWS_SCHEMA)
 
 
 def _tune(rows: pa.Table, vectors: np.ndarray, factory: str, recall: float) -> indexes.Tuned | None:

@@ -4,12 +4,11 @@ A source yields references, never bytes: `references()` is what planning and the
 sample), `samples()` reads again what a worker needs to write its shard.
 """
 
-import datetime
 import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from featurestore.errors import DecodeError, InputError
+from featurestore.errors import DecodeError
 
 MAX_VALUE_BYTES = 256 << 20
 """A value larger than this goes to quarantine as `too_large` before it is read."""
@@ -73,23 +72,6 @@ def open_source(corpus: dict[str, Any]) -> Source:
     module = importlib.import_module(f"pipelines.sources.{corpus['source']['type'].replace('-', '_')}")
     source: Source = module.open_source(corpus)
     return source
-
-
-def timestamp_ns(value: object, where: str) -> int | None:
-    """Nanoseconds since 1970 UTC of an ISO 8601 text (UTC where it names no zone) or of whole nanoseconds."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    try:
-        moment = datetime.datetime.fromisoformat(str(value))
-    except ValueError:
-        raise InputError(
-            f"{where}: {value!r} is not a time; allowed: ISO 8601, e.g. 2026-01-31T12:00:00Z, or whole nanoseconds since 1970"
-        ) from None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
-    since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    return ((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds) * 1_000
 
 
 def too_large(size: int) -> DecodeError:

@@ -14,6 +14,7 @@ import fsspec
 
 from featurestore.errors import DecodeError, InputError
 from featurestore.identity import check_id
+from featurestore.times import timestamp_ns
 from pipelines.sources import (
     MAX_VALUE_BYTES,
     TIMESTAMPS,
@@ -21,7 +22,6 @@ from pipelines.sources import (
     SampleRef,
     Source,
     Value,
-    timestamp_ns,
     too_large,
 )
 

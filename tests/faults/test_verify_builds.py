@@ -75,6 +75,11 @@ def test_an_index_over_a_corpus_that_has_grown_is_stale(store: Broken) -> None:
     assert {each.kind for each in found if "stale" in each.problem} == {SPACE, INDEX, TRAINING}
 
 
+def no_hit_of_another_sample(store: Broken, forged: bool) -> None:
+    with pytest.raises(AlignmentError, match="is not the one that was made for" if forged else "sha256"):
+        FeatureStore(store.storage).search("heard", vector=np.ones(8), k=10_000)
+
+
 @FORMS
 @pytest.mark.parametrize("place", ["rows", "index"])
 def test_an_index_whose_rows_are_not_those_of_its_vectors_is_found(store: Broken, forged: bool, place: str) -> None:
@@ -82,11 +87,13 @@ def test_an_index_whose_rows_are_not_those_of_its_vectors_is_found(store: Broken
     if place == "rows":
         store.rewrite(entry, swap(store.read(entry), 1, 5), forged)
         assert {1, 5} <= {each.row for each in findings(store, INDEX, problem="vector in the index")}
+        no_hit_of_another_sample(store, forged)
         return
     held = indexes.deserialise(store.path(entry).read_bytes(), "Flat", 8, entry.rows)
     matrix = held.reconstruct_n(0, held.ntotal)
     matrix[[1, 5]] = matrix[[5, 1]]
     store.change(entry, indexes.serialise(indexes.build(matrix, "Flat", 0)), forged)
+    no_hit_of_another_sample(store, forged)
     if forged:
         assert {1, 5} == {each.row for each in findings(store, INDEX, problem="vector in the index")}
     else:
@@ -185,9 +192,8 @@ def test_a_column_of_a_training_set_permuted_under_unchanged_ids_is_found(
     store.rewrite(entry, set_column(table, column, values), forged)
     named = {each.row for each in findings(store, TRAINING) if each.shard == TRAIN}
     assert len(named & rows) >= min(len(rows), 10)
-    if not forged:
-        with pytest.raises(AlignmentError, match="sha256"):
-            FeatureStore(store.storage).training_set("category").to_arrow("train")
+    with pytest.raises(AlignmentError, match="does not hold what was written there" if forged else "sha256"):
+        FeatureStore(store.storage).training_set("category").to_arrow("train")
 
 
 @FORMS

@@ -50,7 +50,7 @@ def test_the_table_has_the_stated_columns_and_no_nulls_but_the_miss_reasons():
     expected = ["id", "group", "label", "split", "fold", "weight"]
     for view in ("image", "sound"):
         expected += [view, f"{view}_present", f"{view}_miss_reason", f"{view}_pred"]
-    assert rows.schema.names == expected
+    assert rows.schema.names == [*expected, "row_digest"]
     assert [field.name for field in rows.schema if field.nullable] == ["image_miss_reason", "sound_miss_reason"]
     assert (rows.schema.field("fold").type, rows.schema.field("weight").type) == (pa.int8(), pa.float32())
     assert rows["sound_present"].to_pylist() == [False, True, True, False, True, True, False]

@@ -1,0 +1,22 @@
+"""Times: int64 nanoseconds since 1970 UTC, everywhere."""
+
+import datetime
+
+from featurestore.errors import InputError
+
+
+def timestamp_ns(value: object, where: str) -> int | None:
+    """Nanoseconds since 1970 UTC of an ISO 8601 text (UTC where it names no zone) or of whole nanoseconds."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        moment = datetime.datetime.fromisoformat(str(value))
+    except ValueError:
+        raise InputError(
+            f"{where}: {value!r} is not a time; allowed: ISO 8601, e.g. 2026-01-31T12:00:00Z, or whole nanoseconds since 1970"
+        ) from None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return ((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds) * 1_000
