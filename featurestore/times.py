@@ -4,6 +4,9 @@ import datetime
 
 from featurestore.errors import InputError
 
+TIMESTAMPS = ("event_timestamp", "available_timestamp")
+"""The columns of a corpus that are times."""
+
 
 def timestamp_ns(value: object, where: str) -> int | None:
     """Nanoseconds since 1970 UTC of an ISO 8601 text (UTC where it names no zone) or of whole nanoseconds."""

@@ -27,8 +27,8 @@ from featurestore.corpora import QUARANTINE, ROWS, Corpus, member_header, read_r
 from featurestore.errors import AlignmentError, DecodeError
 from featurestore.identity import DIGEST_BYTES, input_digest, row_digest
 from featurestore.storage import Storage
+from pipelines.quarantine import place_rejected, rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, result, typed
-from pipelines.shard import place_rejected, rejection
 
 
 class ViewPlan(NamedTuple):

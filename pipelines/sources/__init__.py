@@ -13,8 +13,6 @@ from featurestore.errors import DecodeError
 MAX_VALUE_BYTES = 256 << 20
 """A value larger than this goes to quarantine as `too_large` before it is read."""
 
-TIMESTAMPS = ("event_timestamp", "available_timestamp")
-
 
 class SampleRef(NamedTuple):
     """Where one sample stands in its source: `length` bytes at `offset` of `uri`.

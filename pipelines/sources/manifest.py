@@ -14,10 +14,9 @@ import fsspec
 
 from featurestore.errors import DecodeError, InputError
 from featurestore.identity import check_id
-from featurestore.times import timestamp_ns
+from featurestore.times import TIMESTAMPS, timestamp_ns
 from pipelines.sources import (
     MAX_VALUE_BYTES,
-    TIMESTAMPS,
     Sample,
     SampleRef,
     Source,

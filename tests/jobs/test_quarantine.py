@@ -18,7 +18,7 @@ from jobs.report import field_counts, rejected, status_lines
 from jobs.run import Runner
 from jobs.spec import load
 from pipelines.encode import ShardEncoder
-from pipelines.shard import ShardWriter
+from pipelines.shard_writer import ShardWriter
 from tests.conftest import Made
 from tests.planted import ODD_IDS, SHARD_ROWS, plant_bad_values, write_planted
 

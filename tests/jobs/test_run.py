@@ -15,7 +15,7 @@ from jobs import plan
 from jobs.run import Runner
 from jobs.spec import load
 from pipelines.encode import ShardEncoder
-from pipelines.shard import ShardWriter
+from pipelines.shard_writer import ShardWriter
 from tests.conftest import Made
 from tests.planted import SHARD_ROWS
 

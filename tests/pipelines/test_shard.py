@@ -19,7 +19,7 @@ from featurestore.errors import BudgetExceeded, InputError
 from featurestore.identity import from_tar_key
 from featurestore.storage import Storage
 from featurestore.verify import verify
-from pipelines import shard
+from pipelines import shard, shard_writer
 from pipelines.sources import open_source
 from tests.faults.stores import corpus_settings, flip, shard_corpus
 from tests.planted import ODD_IDS, SHARD_ROWS
@@ -164,14 +164,14 @@ class Bench:
         (plan,) = self.storage.list("corpora/planted/plans")
         sha256 = artefact.file_sha256(Path(self.storage.root) / plan)
         self.entry = self.snapshot.entries(ROWS, "planted")[0]
-        self.task = shard.ShardTask(self.entry.shard, plan, sha256, 0)
+        self.task = shard_writer.ShardTask(self.entry.shard, plan, sha256, 0)
 
     def path(self, key: str) -> Path:
         return Path(self.storage.root) / key
 
     def write(self) -> dict[str, Any]:
         """Writes the first shard again; path -> sha256 of what it names."""
-        entries = json.loads(shard.ShardWriter(self.storage, self.settings).write(self.task).entries)
+        entries = json.loads(shard_writer.ShardWriter(self.storage, self.settings).write(self.task).entries)
         return {each[4]: each[7] for each in entries}
 
 
