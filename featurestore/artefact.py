@@ -36,6 +36,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def holds(storage: Storage, placed: Placed) -> bool:
+    """Whether a file that an earlier run placed is there with its bytes; reads all of it."""
+    try:
+        with storage.open(placed.path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == placed.sha256  # type: ignore[arg-type]
+    except NotFound:
+        return False
+
+
 def place(storage: Storage, local: Path, stem: str, sha256: str | None = None) -> Placed:
     """Puts a finished local file under `<stem>-<sha8><ext>`; `sha256` where the writer has it already."""
     sha256 = sha256 or file_sha256(local)
@@ -103,7 +112,7 @@ def read_checked(storage: Storage, path: str, sha256: str) -> bytes:
         content = storage.read(path)
     except NotFound:
         raise AlignmentError(
-            f"{path}: the catalog names this file, and it is gone; `braid run` makes it again"
+            f"{path}: the catalog names this file, and it is gone; restore it, or see `braid plan` for what is made again"
         ) from None
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:

@@ -15,7 +15,7 @@ from featurestore.errors import InputError
 
 __all__ = ["certify", "require"]
 
-EXAMPLES = 5
+EXAMPLES = 20
 """Leaks that a certificate spells out for groups and for each field; all of them are counted."""
 
 
@@ -38,7 +38,7 @@ def certify(
 
     Returns:
         `passed`; `samples` per split; `shared_groups` and for each field `shared_bytes`, each `{count, examples}`
-        with up to 5 examples `{splits, ids}` (a group or a digest counts once, however many samples share it); `labels`
+        with up to 20 examples `{splits, ids}` (a group or a digest counts once, however many samples share it); `labels`
         per split and class; `patterns` per split and presence pattern (`image+sound`, `none`).
 
     Raises:
@@ -80,7 +80,8 @@ def require(certificate: Mapping[str, Any], where: str) -> None:
     raise InputError(
         f"{where}: {total} leaks between its splits, so it was not committed:\n  "
         + "\n  ".join(leaks)
-        + "\nput the samples that share something in one group (column `group` of the corpus) and run again"
+        + "\nput the samples that share something in one group (the column that corpus.columns.group names) and shard into a "
+        "new store: a stored group is never changed"
     )
 
 

@@ -154,10 +154,7 @@ class Corpus:
 
     def to_arrow(self) -> pa.Table:
         """All rows in order, with `shard` and `row` columns in front."""
-        return pa.concat_tables(
-            [_located(self.read(entry.shard), entry.shard) for entry in self.shards],
-            promote_options="permissive",
-        )
+        return _concatenated([_located(self.read(entry.shard), entry.shard) for entry in self.shards])
 
     def value(self, key: str, row: int, field: str) -> bytes | None:
         """A raw value, or None where it is missing.
@@ -190,6 +187,30 @@ class Corpus:
         """A field's raw values of one shard, in the order of its rows."""
         for row in range(self.shard(key).rows):
             yield self.value(key, row, field)
+
+
+def _concatenated(tables: list[pa.Table]) -> pa.Table:
+    """Shards' tables as one: a kept column whose type differs between shards is float64 where all are numbers, else text."""
+    names = dict.fromkeys(name for table in tables for name in table.column_names)
+    types = {name: _common([table[name] for table in tables if name in table.column_names]) for name in names}
+    return pa.table(
+        {name: pa.chunked_array([_as_type(each, name, kind) for each in tables], kind) for name, kind in types.items()}
+    )
+
+
+def _common(columns: list[pa.ChunkedArray]) -> pa.DataType:
+    kinds = {column.type for column in columns if column.null_count < len(column)} or {columns[0].type}
+    if len(kinds) == 1:
+        return kinds.pop()
+    numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in kinds)
+    return pa.float64() if numbers else pa.string()
+
+
+def _as_type(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array:
+    if name not in table.column_names or table[name].null_count == len(table):
+        return pa.nulls(len(table), kind)
+    column = table[name].cast(kind)
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
 def _located(rows: pa.Table, key: str) -> pa.Table:

@@ -141,6 +141,15 @@ def decode_audio(raw: bytes, sample_rate: int, max_seconds: float | None = None)
         return resampled
 
 
+def sample_rate_of(raw: bytes) -> int:
+    """Frames a second, in Hz, that a sound file's header states; DecodeError where it has none to read."""
+    import soundfile
+
+    _check_bytes(raw, MAX_MEDIA_BYTES)
+    with _codec("audio"), soundfile.SoundFile(io.BytesIO(raw)) as source:
+        return int(source.samplerate)
+
+
 def sniff_extension(raw: bytes) -> str:
     """Name the format by its first bytes, without a dot: what a tar member is called.
 

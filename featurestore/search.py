@@ -1,6 +1,7 @@
 """Searching an index of a store, across modalities, and opening what was found."""
 
 import base64
+import contextlib
 import html
 import io
 import json
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 
 from featurestore import artefact, builds, encoders, indexes
 from featurestore.catalog import Snapshot
-from featurestore.errors import AlignmentError, InputError, MissingExtra, StoreError
+from featurestore.errors import AlignmentError, DecodeError, InputError, MissingExtra, StoreError
 from featurestore.identity import row_digest
 from featurestore.spaces import Space
 from featurestore.times import timestamp_ns
@@ -59,28 +60,31 @@ class Hit(NamedTuple):
 
     @property
     def audio(self) -> tuple[np.ndarray, int] | None:
-        """The sample's sound as (float32 [frames, channels], sample rate in Hz), or None."""
+        """The sample's sound as (float32 [frames] mono, sample rate in Hz as stored), or None."""
+        from featurestore.media import decode_audio, sample_rate_of
+
         raw = self.raw("audio")
         if raw is None:
             return None
-        import soundfile
-
-        samples, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)
-        return samples, int(rate)
+        rate = sample_rate_of(raw)
+        return decode_audio(raw, rate), rate
 
     def raw(self, modality: str) -> bytes | None:
         """The bytes of the sample's field of a modality: the one that was found, else the first that it has."""
         return self.source.raw(modality)
 
     def _repr_html_(self) -> str:
-        picture = self.image
         parts = [f"<b>{html.escape(self.id)}</b> {self.score:.3f} <i>{html.escape(self.view)}</i>"]
-        if picture is not None:
-            picture.thumbnail((128, 128))
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            parts.append(f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
-        parts.append(html.escape(self.text or ""))
+        # A value in quarantine is not shown.
+        with contextlib.suppress(DecodeError):
+            if (picture := self.image) is not None:
+                picture.thumbnail((128, 128))
+                buffer = io.BytesIO()
+                picture.save(buffer, "PNG")
+                encoded = base64.b64encode(buffer.getvalue()).decode()
+                parts.append(f'<img src="data:image/png;base64,{encoded}">')
+        with contextlib.suppress(DecodeError):
+            parts.append(html.escape(self.text or ""))
         sound = self.raw("audio")
         if sound is not None and len(sound) < 1 << 20:
             parts.append(f'<audio controls src="data:;base64,{base64.b64encode(sound).decode()}"></audio>')
@@ -144,7 +148,7 @@ class Index:
         modality: str | None = None,
         as_of: str | int | None = None,
     ) -> Hits:
-        """The k nearest rows of a query vector of the index's space.
+        """The k nearest samples of a query vector of the index's space, each by the view in which it is nearest.
 
         Args:
             query: float32 [dim], as `embed` makes it.
@@ -154,10 +158,14 @@ class Index:
             as_of: only samples available by this time (ISO 8601, UTC where it names no zone, or ns since 1970).
         """
         allowed = self._allowed(where, modality, as_of)
-        scores, rows = indexes.search(self._index, np.atleast_2d(query), k, allowed)
-        return Hits(
-            self._hit(int(row), float(score)) for score, row in zip(scores[0], rows[0], strict=True) if row >= 0
-        )
+        # A sample has at most one row a view.
+        enough = k * len(self.views) if k > 0 else k
+        scores, rows = indexes.search(self._index, np.atleast_2d(query), enough, allowed)
+        best: dict[str, tuple[int, float]] = {}
+        for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
+            if row >= 0:
+                best.setdefault(self._table["id"][row].as_py(), (row, score))
+        return Hits(self._hit(row, score) for row, score in list(best.values())[:k])
 
     def embed(self, via: str, values: np.ndarray) -> np.ndarray:
         """float32 [n, dim] vectors of the index's space from raw vectors [n, view dim] of view `via`."""

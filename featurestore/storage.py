@@ -175,8 +175,17 @@ class Storage(BaseModel):
 
         On a local store it is inside the store, so that placing is a rename on one filesystem.
         """
-        with self._errors("write", SCRATCH):
+        try:
             self._scratch_base.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StoreError(
+                f"{self.uri}: a part of this path is a file; a store is a folder: correct store.uri"
+            ) from error
+        except OSError as error:
+            raise StoreError(
+                f"{self.uri}: cannot make this folder ({error.strerror}); check the path and its rights"
+            ) from error
+        with self._errors("write", SCRATCH):
             owner = f"braid-{socket.gethostname()}-{os.getpid()}-"
             folder = Path(tempfile.mkdtemp(prefix=owner, dir=self._scratch_base))
         try:

@@ -1,4 +1,4 @@
-"""Times: int64 nanoseconds since 1970 UTC, everywhere."""
+"""Times: int64 nanoseconds since 1970 UTC, everywhere; and the names of the columns that Braid keeps for itself."""
 
 import datetime
 
@@ -6,6 +6,9 @@ from featurestore.errors import InputError
 
 TIMESTAMPS = ("event_timestamp", "available_timestamp")
 """The columns of a corpus that are times."""
+
+RESERVED = frozenset({"shard", "row", "id", "group", "etag", *TIMESTAMPS})
+"""Columns that every corpus has or may have: no field and no kept column goes by these names."""
 
 
 def timestamp_ns(value: object, where: str) -> int | None:

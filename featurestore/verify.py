@@ -238,10 +238,11 @@ def _tars(look: Inspection, snapshot: Snapshot, name: str) -> None:
 def _recipe(look: Inspection, snapshot: Snapshot, name: str) -> None:
     """One recipe over all shards of a view, and it is that of the field and of the encoder's fingerprint."""
     entries = snapshot.entries(views.VIEW, name)
+    first = {**entries[0].info(), "tried": None}
     for entry in entries:
         info = entry.info()
         encoder = info["encoder"]
-        if (entry.recipe, entry.lineage) != (entries[0].recipe, entries[0].lineage):
+        if entry.recipe != entries[0].recipe or {**info, "tried": None} != first:
             look.say(entry, f"made by another encoder than shard {entries[0].shard} (recipe {entry.recipe})")
         if (
             fingerprint_of({key: each for key, each in encoder.items() if key != "fingerprint"})

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:  # with the extra [read] alone
+    sys.exit("error: the command line needs the packages of the extra [run]: pip install 'braid[run]'")
 
 from featurestore.errors import BraidError, InputError
 
@@ -33,6 +36,12 @@ def main() -> None:
     _quiet()
     try:
         app()
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # Beam raises an interrupt in a worker as a RuntimeError of its own.
+        if isinstance(error, RuntimeError) and "KeyboardInterrupt" not in str(error):
+            raise
+        print("interrupted; run it again to go on from what is done", file=sys.stderr)
+        sys.exit(130)
     except BraidError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -73,7 +82,10 @@ def _run(path: Path, stages: tuple[str, ...], only: str | None, beam_args: list[
     if done:
         from featurestore.catalog import Catalog
 
-        _say().print(f"store {spec.store.uri}, version {Catalog(spec.store).snapshot().version}")
+        snapshot = Catalog(spec.store).snapshot()
+        rejected = sum(entry.rows for entry in snapshot.entries("quarantine"))
+        note = f"; {rejected} values in quarantine, see: braid status {spec.store.uri}" if rejected else ""
+        _say().print(f"store {spec.store.uri}, version {snapshot.version}{note}")
     return done
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from featurestore import builds
 from featurestore.catalog import Catalog, Snapshot
-from featurestore.corpora import ROWS, Corpus
+from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.errors import InputError, NotFound
 from featurestore.storage import Storage
 from featurestore.views import VIEW
@@ -21,6 +21,8 @@ BUILD_STAGES = {"align": builds.SPACE, "index": builds.INDEX, "fuse": builds.TRA
 
 FRESH, STALE, PENDING = "fresh", "stale", "pending"
 """A pending step is stale only if an earlier one gives other bytes than before."""
+
+GONE = "a file of it is gone or has another size"
 
 
 class Step(NamedTuple):
@@ -54,25 +56,47 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
         InputError: samples changed since they were stored, or the corpus's fields did: an ingest only adds.
     """
     corpus = corpus_dict(spec)
-    name = corpus["name"]
-    found = shard.scan(open_source(corpus), shard.known_etags(snapshot, name))
+    name, source = corpus["name"], open_source(corpus)
+    _check_settings(snapshot, corpus)
+    found = shard.scan(source, shard.known_etags(snapshot, name))
+    if not found.samples + found.known:
+        raise InputError(f"{corpus['source']['path']} holds no samples; name another manifest in corpus.source.path")
+    _check_columns(spec, source.columns())
     if found.changed:
         raise InputError(
             f"corpus {name!r}: {found.changed} of its samples (their files, or their lines in {corpus['source']['path']}) "
             "changed since they were stored; shards are never changed, so give the changed samples new ids, or name "
             "another store or corpus"
         )
-    if name in snapshot.names(ROWS):
-        stored, asked = (
-            Corpus(snapshot, name).fields,
-            {field: each["modality"] for field, each in corpus["fields"].items()},
-        )
-        if stored != asked:
-            raise InputError(
-                f"corpus {name!r} is stored with fields {stored}, the spec has {asked}; its shards are never changed, so "
-                "name another corpus or store"
-            )
     return found
+
+
+def _check_settings(snapshot: Snapshot, corpus: dict[str, Any]) -> None:
+    """InputError where a stored corpus was made from other fields or columns than the spec has now."""
+    for entry in snapshot.entries(ROWS, corpus["name"])[:1]:
+        stored = entry.info()["settings"]
+        for part in ("fields", "columns"):
+            if stored[part] != corpus[part]:
+                names = sorted(
+                    key for key in {**stored[part], **corpus[part]} if stored[part].get(key) != corpus[part].get(key)
+                )
+                raise InputError(
+                    f"corpus.{part}: {', '.join(names)} changed since corpus {corpus['name']!r} was stored; its shards are "
+                    f"never changed, so name another corpus or store (stored: {stored[part]})"
+                )
+
+
+def _check_columns(spec: Spec, columns: set[str]) -> None:
+    """InputError where the spec names a column that stands in no line of the source."""
+    named = {f"corpus.columns.{key}": column for key, column in spec.corpus.columns if column}
+    named |= {f"corpus.fields.{name}.from": field.column for name, field in spec.corpus.fields.items()}
+    named |= {f"training_sets.{name}.label": each.label for name, each in spec.training_sets.items()}
+    wrong = {place: column for place, column in named.items() if column not in columns}
+    if wrong:
+        said = "; ".join(f"{place}: {column!r}" for place, column in wrong.items())
+        raise InputError(
+            f"{said}: no line of {spec.corpus.source.path} has such a column; it has: {', '.join(sorted(columns))}"
+        )
 
 
 def view_plans(spec: Spec) -> list[encode.ViewPlan]:
@@ -91,8 +115,20 @@ def build_settings(spec: Spec, stage: str) -> dict[str, dict[str, Any]]:
         "fuse": dict(spec.training_sets),
     }
     parts = stages[stage]
-    settings = {"align": align.settings, "index": index.settings, "fuse": fuse.settings}[stage]
-    return {name: settings(spec.corpus.name, part.model_dump(mode="json")) for name, part in parts.items()}
+    made = {}
+    for name, part in parts.items():
+        chosen = part.model_dump(mode="json")
+        if stage == "align":
+            made[name] = align.settings(spec.corpus.name, chosen, _equal_field(spec, chosen["views"]))
+        else:
+            made[name] = (index if stage == "index" else fuse).settings(spec.corpus.name, chosen)
+    return made
+
+
+def _equal_field(spec: Spec, views: list[str]) -> str | None:
+    """The text field by which two samples answer the same query: of the space's own views, else the first that is encoded."""
+    fields = [spec.views[name].field for name in [*views, *spec.views]]
+    return next((field for field in fields if spec.corpus.fields[field].modality == "text"), None)
 
 
 def planned_build(snapshot: Snapshot, stage: str, name: str, settings: dict[str, Any]) -> builds.Build | None:
@@ -110,13 +146,13 @@ def steps(spec: Spec, snapshot: Snapshot) -> list[Step]:
     encodes = list(_encode_steps(spec, snapshot, first.state))
     views = _outcomes(spec, snapshot, encodes, grows=first.state != FRESH)
     spaces = list(_build_steps(spec, snapshot, "align", views))
+    # A space that only lost a file is remade, in all likelihood with the same bytes.
+    behind = {step.name: PENDING if step.why == GONE else step.state for step in spaces if step.state != FRESH}
     return [
         first,
         *encodes,
         *spaces,
-        *_build_steps(
-            spec, snapshot, "index", views, {step.name: step.state for step in spaces if step.state != FRESH}
-        ),
+        *_build_steps(spec, snapshot, "index", views, behind),
         *_build_steps(spec, snapshot, "fuse", views),
     ]
 
@@ -153,8 +189,9 @@ def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
 
 
 def _lost(snapshot: Snapshot, name: str) -> list[str]:
-    listing = snapshot.storage.list(f"corpora/{name}")
-    entries = [entry for kind in (ROWS, "media") for entry in snapshot.entries(kind, name)]
+    listing = snapshot.storage.list(f"corpora/{name}") | snapshot.storage.list(f"quarantine/shard/{name}")
+    scopes = ((ROWS, name), (MEDIA, name), (QUARANTINE, f"shard/{name}"))
+    entries = [entry for scope in scopes for entry in snapshot.entries(*scope)]
     return [entry.path for entry in entries if listing.get(entry.path) != entry.bytes]
 
 
@@ -163,7 +200,7 @@ def _encode_steps(spec: Spec, snapshot: Snapshot, corpus_state: str) -> Iterator
         if corpus_state != FRESH and spec.corpus.name not in snapshot.names(ROWS):
             yield Step("encode", plan.name, STALE, 0, 0, "its corpus is new")
             continue
-        tasks = encode.stale(snapshot, plan, snapshot.storage.list(encode.folder(plan)))
+        tasks = encode.stale(snapshot, plan, encode.listed(snapshot.storage, plan))
         total = len(Corpus(snapshot, spec.corpus.name).shards)
         if corpus_state != FRESH:
             yield Step("encode", plan.name, STALE, len(tasks), total, "its corpus grows")
@@ -196,7 +233,14 @@ def _build_steps(
             yield Step(stage, name, STALE, 1, 1, str(missing))
             continue
         if planned is not None:
-            why = "not made yet" if name not in snapshot.names(kind) else "its settings, inputs or files changed"
+            recipes = {entry.recipe for entry in snapshot.entries(kind, name)}
+            why = (
+                "not made yet"
+                if not recipes
+                else GONE
+                if recipes == {planned.key}
+                else "its settings or inputs changed"
+            )
             yield Step(stage, name, STALE, 1, 1, why)
         elif after:
             yield _waiting(stage, name, after)

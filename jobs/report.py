@@ -6,6 +6,7 @@ from typing import Any
 
 from featurestore.artefact import read_checked, read_table
 from featurestore.corpora import QUARANTINE
+from featurestore.errors import AlignmentError
 from featurestore.store import FeatureStore
 
 
@@ -32,13 +33,17 @@ def field_counts(store: FeatureStore, corpus: str) -> dict[str, dict[str, int]]:
         bad[row["field"]].add(row["id"])
     counts = {}
     for field in opened.fields:
-        missing = sum(member["miss_reason"] == "absent" for member in table[field].to_pylist())
-        quarantined = len(bad[field])
+        members = dict(zip(table["id"].to_pylist(), table[field].to_pylist(), strict=True))
         counts[field] = {
-            "present": opened.rows - missing - quarantined,
-            "missing": missing,
-            "quarantined": quarantined,
+            "present": sum(member["present"] and key not in bad[field] for key, member in members.items()),
+            "missing": sum(member["miss_reason"] == "absent" for member in members.values()),
+            "quarantined": len(bad[field]),
         }
+        if sum(counts[field].values()) != opened.rows:
+            raise AlignmentError(
+                f"corpus {corpus!r}, field {field!r}: {counts[field]} do not add up to {opened.rows} samples; a quarantine "
+                "file is not that of its shard: run `braid verify`"
+            )
     return counts
 
 

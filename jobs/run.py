@@ -79,7 +79,7 @@ class Runner:
         for planned in plan.view_plans(self.spec):
             if only not in (None, planned.name):
                 continue
-            tasks = encode.stale(self._snapshot(), planned, self.storage.list(encode.folder(planned)))
+            tasks = encode.stale(self._snapshot(), planned, encode.listed(self.storage, planned))
             if tasks:
                 self._encode_view(planned, tasks)
 

@@ -20,6 +20,7 @@ from pydantic import (
 
 from featurestore.errors import NotFound, SpecError
 from featurestore.storage import Storage
+from featurestore.times import RESERVED
 from jobs.spec_mistakes import Mistake, document, of_references, of_shape, report
 
 __all__ = [
@@ -40,6 +41,12 @@ MAX_BYTES = 1_000_000
 
 # Names become folders, and field names become members of tars, which WebDataset lowercases.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+# What a training set's columns and the rows of its fusion table are called, besides its views.
+TRAINING_COLUMNS = {
+    *("id", "group", "label", "split", "fold", "weight", "row_digest"),
+    *("chance", "early", "late", "hybrid"),
+}
+
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -106,6 +113,14 @@ class CorpusSpec(_Node):
     source: SourceSpec
     columns: ColumnsSpec
     fields: dict[Name, FieldSpec] = Field(min_length=1)
+
+    @field_validator("fields")
+    @classmethod
+    def _field_names_are_free(cls, fields: dict[str, FieldSpec]) -> dict[str, FieldSpec]:
+        if taken := sorted(fields.keys() & RESERVED):
+            raise ValueError(f"a field named {taken[0]!r} would stand for Braid's own column; rename the field")
+        return fields
+
     media: Literal["copy"] = "copy"
     shard_rows: int = Field(default=10_000, ge=1, le=1_000_000)
     shard_mb: int = Field(default=512, ge=1, le=1_000_000)
@@ -144,11 +159,24 @@ class TrainingSetSpec(_Node):
     splits: dict[Name, Annotated[float, Field(gt=0, le=1)]]
     seed: int = Field(default=0, ge=0, lt=2**32)
 
+    @field_validator("views")
+    @classmethod
+    def _names_are_free(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := sorted(set(views) & TRAINING_COLUMNS):
+            raise ValueError(
+                f"a view named {taken[0]!r} would stand for a training set's own column or row; rename the view"
+            )
+        return views
+
     @field_validator("splits")
     @classmethod
     def _sum_to_one(cls, splits: dict[str, float]) -> dict[str, float]:
         if not math.isclose(total := math.fsum(splits.values()), 1, abs_tol=1e-6):
             raise ValueError(f"the fractions sum to {total:.6g}; they must sum to 1")
+        if "train" not in splits:
+            raise ValueError(
+                f"no split is named 'train', from which the heads are fitted; there are: {', '.join(splits)}"
+            )
         return splits
 
 

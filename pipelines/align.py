@@ -26,17 +26,19 @@ FEW_PAIRS = 300
 """Below this many pairs a test part is so small that 10 splits are measured instead of 5."""
 
 
-def settings(corpus: str, space: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a space's build, from the spec."""
-    return {"corpus": corpus, "views": space["views"], "method": space["method"], "dim": space["dim"]}
+def settings(corpus: str, space: dict[str, Any], equal: str | None) -> dict[str, Any]:
+    """The settings of a space's build, from the spec.
 
-
-def pairs(snapshot: Snapshot, views: list[str]) -> tuple[recall.Pairs, str | None]:
-    """The samples that have both views, and the text field by which two of them answer the same query.
-
-    That is the first text field among the views' own, else among the fields of the corpus that some view encodes: samples
-    with equal bytes there are as good an answer as the sample itself.
+    Args:
+        corpus: its name.
+        space: the space's part of the spec.
+        equal: the text field by which two samples answer the same query, if there is one.
     """
+    return {"corpus": corpus, "views": space["views"], "method": space["method"], "dim": space["dim"], "equal": equal}
+
+
+def pairs(snapshot: Snapshot, views: list[str], equal: str | None) -> recall.Pairs:
+    """The samples that have both views; those with equal bytes of the field `equal` are as good an answer as each other."""
     first, second = (View(snapshot, view) for view in views)
     (x, has_x), (y, has_y) = first.matrix(), second.matrix()
     rows = np.flatnonzero(has_x & has_y)
@@ -50,17 +52,9 @@ def pairs(snapshot: Snapshot, views: list[str]) -> tuple[recall.Pairs, str | Non
             f"views {views[0]!r} and {views[1]!r} share {len(rows)} samples; a space needs at least 20, and some hundreds to "
             "be of use"
         )
-    field = _text_field(snapshot, [first, second])
-    keys = ids if field is None else _keys(ids, table[field].to_pylist())
+    keys = ids if equal is None else _keys(ids, table[equal].to_pylist())
     groups = table["group"].to_pylist()
-    return recall.Pairs(x[rows], y[rows], [groups[row] for row in rows], [keys[row] for row in rows]), field
-
-
-def _text_field(snapshot: Snapshot, views: list[View]) -> str | None:
-    others = [View(snapshot, name) for name in snapshot.names("view")]
-    corpus = views[0].corpus.name
-    fields = [view.field for view in [*views, *others] if view.modality == "text" and view.corpus.name == corpus]
-    return fields[0] if fields else None
+    return recall.Pairs(x[rows], y[rows], [groups[row] for row in rows], [keys[row] for row in rows])
 
 
 def _keys(ids: list[str], members: list[dict[str, Any]]) -> list[Any]:
@@ -79,7 +73,8 @@ class _FitSpace(beam.DoFn):
 def fit(storage: Storage, build: builds.Build, version: int) -> Result:
     """Evaluates, learns and places one space."""
     views, method, dim = tuple(build.settings["views"]), build.settings["method"], build.settings["dim"]
-    found, field = pairs(Catalog(storage).snapshot(version), build.settings["views"])
+    equal = build.settings["equal"]
+    found = pairs(Catalog(storage).snapshot(version), build.settings["views"], equal)
 
     def learn(held_in: recall.Pairs) -> tuple[recall.Projects, recall.Projects]:
         learned = spaces.learn(build.name, held_in, views, method, dim)
@@ -92,7 +87,7 @@ def fit(storage: Storage, build: builds.Build, version: int) -> Result:
     card = {
         **build.settings,
         "build": build.key,
-        "a hit is": f"the sample itself, or one with an equal {field}" if field else "the sample itself",
+        "a hit is": f"the sample itself, or one with an equal {equal}" if equal else "the sample itself",
         "chosen": dict(space.card),
         "recall": measured,
     }

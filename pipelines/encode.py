@@ -62,19 +62,21 @@ class EncodeTask(NamedTuple):
 
 
 def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[EncodeTask]:
-    """The shards of the corpus that the view lacks, or whose file is gone or has another size.
+    """The shards of the corpus that the view lacks, or of which a file (its quarantine too) is gone or has another size.
 
     Args:
         snapshot: the catalog.
         plan: the view.
-        listing: key -> bytes of what lies in the view's recipe folder.
+        listing: key -> bytes of what lies in the view's folders, as `listed` gives it.
     """
     corpus = Corpus(snapshot, plan.corpus)
     have = {entry.shard: entry for entry in snapshot.entries(views.VIEW, plan.name, plan.recipe)}
+    rejected = snapshot.entries(QUARANTINE, f"encode/{plan.name}", plan.recipe)
+    lost = {entry.shard for entry in [*have.values(), *rejected] if listing.get(entry.path) != entry.bytes}
     tasks = []
     for shard in corpus.shards:
         entry = have.get(shard.shard)
-        if entry and entry.input_sha256 == shard.sha256 and listing.get(entry.path) == entry.bytes:
+        if entry and entry.input_sha256 == shard.sha256 and shard.shard not in lost:
             continue
         media = corpus.media(shard.shard)
         tasks.append(
@@ -86,6 +88,11 @@ def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[E
 def folder(plan: ViewPlan) -> str:
     """Where the view's shards are."""
     return f"views/{plan.name}/{plan.recipe}"
+
+
+def listed(storage: Storage, plan: ViewPlan) -> dict[str, int]:
+    """Key -> bytes of every file that the view's recipe has, one listing for each of its two folders."""
+    return storage.list(folder(plan)) | storage.list(f"quarantine/encode/{plan.name}/{plan.recipe}")
 
 
 class Row(NamedTuple):
@@ -112,14 +119,11 @@ class ShardEncoder:
                 f"encoder {plan.encoder} of view {plan.name!r} has another fingerprint on this worker ({fingerprint[:16]}…) "
                 "than where the job was planned: install the same versions of its libraries and weights on both"
             )
-        self._lineage = json.dumps(
-            {
-                "corpus": plan.corpus,
-                "field": plan.field,
-                "encoder": {**self.encoder.card(), "fingerprint": fingerprint},
-            },
-            sort_keys=True,
-        )
+        self._about = {
+            "corpus": plan.corpus,
+            "field": plan.field,
+            "encoder": {**self.encoder.card(), "fingerprint": fingerprint},
+        }
         self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
         self._done = storage.list(folder(plan))
 
@@ -132,9 +136,10 @@ class ShardEncoder:
 
     def encode(self, task: EncodeTask) -> Result:
         """The shard's quarantine and view file; one that an earlier run finished is taken as it is."""
-        return self._adopt(task) or self._make(task)
+        return self.adopt(task) or self.make(task)
 
-    def _adopt(self, task: EncodeTask) -> Result | None:
+    def adopt(self, task: EncodeTask) -> Result | None:
+        """The Result of a shard that an earlier run finished, or None."""
         for path in sorted(key for key in self._done if key.startswith(f"{folder(self.plan)}/{task.shard}-")):
             content = self.storage.read(path)
             sha256 = hashlib.sha256(content).hexdigest()
@@ -142,7 +147,7 @@ class ShardEncoder:
                 continue
             footer = artefact.read_footer(content)
             quarantine = [artefact.Placed(*each) for each in footer.get("quarantine", [])]
-            held = all(self.storage.exists(each.path) for each in quarantine)
+            held = all(artefact.holds(self.storage, each) for each in quarantine)
             if held and footer == self._footer(task, quarantine, footer.get("tried", 0), footer.get("example", "")):
                 return self._result(task, artefact.Placed(path, len(content), sha256), footer)
         return None
@@ -160,7 +165,8 @@ class ShardEncoder:
             "example": example,
         }
 
-    def _make(self, task: EncodeTask) -> Result:
+    def make(self, task: EncodeTask) -> Result:
+        """Encodes a shard."""
         rows = self._rows(task)
         field = rows[self.plan.field].to_pylist()
         ids = rows["id"].to_pylist()
@@ -286,7 +292,8 @@ class ShardEncoder:
     def _result(self, task: EncodeTask, placed: artefact.Placed, footer: dict[str, Any]) -> Result:
         name, recipe = self.plan.name, self.plan.recipe
         path, size, sha256 = placed
-        ids, made_from, about = task.ids_sha256, task.sha256, self._lineage
+        ids, made_from = task.ids_sha256, task.sha256
+        about = json.dumps({**self._about, "tried": footer["tried"]}, sort_keys=True)
         entries = [
             Entry(views.VIEW, name, recipe, task.shard, path, task.rows, size, sha256, ids, made_from, lineage=about)
         ]
@@ -312,9 +319,15 @@ class _EncodeShard(InFlight):
         super().setup()
         self._encoder = ShardEncoder(Storage.from_json(self._storage), ViewPlan(*json.loads(self._plan)))
         self._encoder.load()
+        self._made: dict[str, int] = {}
 
     def work(self, task: EncodeTask) -> Result:
-        return self._encoder.encode(task)
+        adopted = self._encoder.adopt(task)
+        if adopted is not None:
+            return adopted
+        made = self._encoder.make(task)
+        self._made[made.shard] = made.tried
+        return made
 
     def process(self, task: EncodeTask) -> Iterator[Result]:
         self._span_ms.update(int(time.time() * 1000))
@@ -326,7 +339,7 @@ class _EncodeShard(InFlight):
 
     def _counted(self, results: Iterable[Result], as_given: Any = None) -> Iterator[Any]:
         for done in results:
-            self._values.inc(done.tried)
+            self._values.inc(self._made.pop(done.shard, 0))
             self._span_ms.update(int(time.time() * 1000))
             yield as_given or done
 

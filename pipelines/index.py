@@ -1,7 +1,7 @@
 """Stage 5: a FAISS index over the views of a space.
 
-The settings that an approximate index is tuned by are found on samples that a trial index does not hold, asked for through
-their other view: a row of the database finds itself and says nothing about what a user will get.
+The settings that an approximate index is tuned by are found on samples that a trial index holds in none of their views: a row
+of the database finds itself and says nothing about what a user will get.
 """
 
 import json

@@ -16,7 +16,8 @@ from apache_beam.coders.row_coder import RowCoder
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.transforms.window import GlobalWindows
 
-from featurestore.catalog import Catalog, Change, Entry
+from featurestore.catalog import Catalog, Change, Entry, Snapshot
+from featurestore.corpora import QUARANTINE
 from featurestore.errors import BraidError, BudgetExceeded
 from featurestore.storage import Storage
 
@@ -130,18 +131,33 @@ class _CommitFn(beam.DoFn):
 
     def process(self, element: tuple[int, Iterable[Result]]) -> Iterable[int]:
         results = sorted(element[1], key=lambda each: each.shard)
-        check_budget(self._job, results, self._budget)
-        yield Catalog(Storage.from_json(self._storage)).commit(
-            self._job, changes(results, [Scope(*scope) for scope in self._scopes], self._whole)
-        )
+        catalog, scopes = Catalog(Storage.from_json(self._storage)), [Scope(*scope) for scope in self._scopes]
+        check_budget(self._job, results, self._budget, before(catalog.snapshot(), scopes, results))
+        yield catalog.commit(self._job, changes(results, scopes, self._whole))
 
 
-def check_budget(job: str, results: Iterable[Result], budget: float) -> None:
-    """Raises BudgetExceeded where more than `budget` (a share of the values tried) was rejected."""
+def before(snapshot: Snapshot, scopes: Iterable[Scope], results: Iterable[Result]) -> tuple[int, int]:
+    """(values tried, values rejected) of the shards that are published already and not made again by these results."""
+    again, tried, rejected = {each.shard for each in results}, 0, 0
+    for scope in scopes:
+        for entry in snapshot.entries(*scope):
+            if entry.shard not in again:
+                tried += entry.info().get("tried", 0)
+                rejected += entry.rows if entry.kind == QUARANTINE else 0
+    return tried, rejected
+
+
+def check_budget(job: str, results: Iterable[Result], budget: float, published: tuple[int, int] = (0, 0)) -> None:
+    """Raises BudgetExceeded where more than `budget` (a share of the values tried) was rejected.
+
+    The corpus or the view is judged as a whole, with what is `published` of it: a lost shard with one bad value can be made
+    again however small it is.
+    """
     results = list(results)
-    tried, rejected = sum(each.tried for each in results), sum(each.rejected for each in results)
+    tried = published[0] + sum(each.tried for each in results)
+    rejected = published[1] + sum(each.rejected for each in results)
     if rejected > budget * tried:
-        example = next(each.example for each in results if each.rejected)
+        example = next((each.example for each in results if each.rejected), "see quarantine/")
         raise BudgetExceeded(
             f"{job}: {rejected} of {tried} values were rejected ({rejected / tried:.2%}), more than the failure budget of "
             f"{budget:.2%}; e.g. {example}. Nothing was published and nothing is lost: mend the values, or raise "
@@ -168,7 +184,6 @@ class Job:
         args = list(beam_args)
         if not any(arg == "--runner" or arg.startswith("--runner=") for arg in args):
             args += [f"--runner={LOCAL_RUNNER}"]
-        # Descriptors are few and each is long work: a bundle of its own for each keeps results flowing.
         self.pipeline = beam.Pipeline(options=PipelineOptions(args))
 
     def run(self) -> Any:

@@ -93,7 +93,7 @@ class ShardWriter:
                 artefact.Placed(*footer["media"]),
                 *(artefact.Placed(*each) for each in footer["quarantine"]),
             ]
-            if all(_holds(self.storage, each) for each in made):
+            if all(artefact.holds(self.storage, each) for each in made):
                 return self._result(task.key, artefact.Placed(path, len(content), sha256), footer)
         return None
 
@@ -130,7 +130,15 @@ class ShardWriter:
     def _result(self, key: str, rows: artefact.Placed, footer: dict[str, Any]) -> Result:
         name, media = self.corpus["name"], artefact.Placed(*footer["media"])
         fields = {field: each["modality"] for field, each in self.corpus["fields"].items()}
-        about = json.dumps({"fields": fields, "source": self.corpus["source"]["type"]}, sort_keys=True)
+        about = json.dumps(
+            {
+                "fields": fields,
+                "source": self.corpus["source"]["type"],
+                "settings": footer["settings"],
+                "tried": footer["tried"],
+            },
+            sort_keys=True,
+        )
         count, ids, events = footer["rows"], footer["ids_sha256"], footer["events"]
         first, last = events
         entries = [
@@ -214,10 +222,6 @@ class ShardWriter:
         except DecodeError as error:
             return error
         return raw
-
-
-def _holds(storage: Storage, placed: artefact.Placed) -> bool:
-    return storage.exists(placed.path) and storage.size(placed.path) == placed.bytes
 
 
 def _extension(modality: str, raw: bytes) -> str:

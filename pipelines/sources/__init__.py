@@ -60,6 +60,10 @@ class Source(Protocol):
         """Every sample, in the source's order."""
         ...
 
+    def columns(self) -> set[str]:
+        """Names of all columns of the samples that `references()` has read so far."""
+        ...
+
     def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
         """The samples of some references, in the order given."""
         ...

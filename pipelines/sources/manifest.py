@@ -14,7 +14,7 @@ import fsspec
 
 from featurestore.errors import DecodeError, InputError
 from featurestore.identity import check_id
-from featurestore.times import TIMESTAMPS, timestamp_ns
+from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
 from pipelines.sources import (
     MAX_VALUE_BYTES,
     Sample,
@@ -71,6 +71,8 @@ class Manifest:
         self._names = {key: column for key, column in corpus["columns"].items() if column}
         self._fields: dict[str, dict[str, Any]] = corpus["fields"]
         self._taken = {*self._names.values(), *(field["from"] for field in self._fields.values())}
+        self._seen: set[str] = set()
+        self._reserved = {*RESERVED, *self._fields} - self._taken
         self._fs, self._path = fsspec.core.url_to_fs(self.uri)
         self._folder = posixpath.dirname(self._path)
 
@@ -95,6 +97,12 @@ class Manifest:
     def _reference(self, line: bytes, offset: int, where: str) -> SampleRef:
         row = _parse(line, where)
         sample_id, group = self._id_and_group(row, where)
+        self._seen |= row.keys()
+        if clash := sorted(self._reserved & row.keys()):
+            raise InputError(
+                f"{where}: column {clash[0]!r} would be kept beside Braid's own column of that name; rename it in the "
+                f"manifest, or say in the spec what it is, e.g. corpus.columns: {{group: group}}"
+            )
         digest = hashlib.sha256(line.strip())
         size = 0
         for value in self._values(row).values():
@@ -118,6 +126,10 @@ class Manifest:
         except (OSError, ValueError):
             return 0, "unreadable"
         return int(info.get("size") or 0), str(info.get("ETag") or info.get("etag") or info.get("mtime"))
+
+    def columns(self) -> set[str]:
+        """Names of all columns of the lines that `references()` has read so far."""
+        return self._seen
 
     def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
         """Reads the lines of some references again, in the order given."""
@@ -180,7 +192,9 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}; correct the line") from None
+        raise InputError(
+            f"{where}: not JSON: {error}; a manifest is JSON Lines, one object a line: correct the line"
+        ) from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: {str(row)[:60]!r} is not an object of columns; correct the line")
     return row

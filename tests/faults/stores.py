@@ -59,7 +59,7 @@ def shard_corpus(storage: Storage, corpus: dict[str, Any]) -> None:
 def encode_view(storage: Storage, name: str, encoder: str, options: dict[str, Any] | None = None) -> None:
     """The encode stage of one view, its shards one after the other without Beam."""
     plan = encode.view_plan(name, "planted", "sound", encoder, options or {})
-    tasks = encode.stale(Catalog(storage).snapshot(), plan, storage.list(encode.folder(plan)))
+    tasks = encode.stale(Catalog(storage).snapshot(), plan, encode.listed(storage, plan))
     worker = encode.ShardEncoder(storage, plan)
     scopes = [runner.Scope(VIEW, name, plan.recipe), runner.Scope(QUARANTINE, f"encode/{name}", plan.recipe)]
     publish(storage, [worker.encode(task) for task in tasks], scopes)
@@ -68,9 +68,9 @@ def encode_view(storage: Storage, name: str, encoder: str, options: dict[str, An
 def build_index(storage: Storage) -> None:
     """A space of 8 dimensions, learned as the align stage learns one but not evaluated, and the index stage."""
     snapshot = Catalog(storage).snapshot()
-    settings = align.settings("planted", {"views": [*VIEWS], "method": "cca", "dim": 8})
+    settings = align.settings("planted", {"views": [*VIEWS], "method": "cca", "dim": 8}, None)
     planned = builds.plan(snapshot, builds.SPACE, "heard", settings)
-    found, _ = align.pairs(snapshot, [*VIEWS])
+    found = align.pairs(snapshot, [*VIEWS], None)
     projections = dict(zip(VIEWS, spaces.fit_cca(found.x, found.y, 8, (1.0, 1.0), 1.0), strict=True))
     space = spaces.Space("heard", "cca", 8, projections, {})
     files = {"space.safetensors": space.to_bytes(), "card.json": align.card_bytes({"name": "heard"})}

@@ -175,13 +175,13 @@ def test_past_the_budget_nothing_is_committed_and_a_raised_one_goes_on_from_what
     assert "Nothing was published and nothing is lost" in str(caught.value)
 
     # Nor are the images encoded again.
-    make = ShardEncoder._make
+    make = ShardEncoder.make
 
     def not_the_images(self: ShardEncoder, task: Any) -> Any:
         assert self.plan.name != "image"
         return make(self, task)
 
-    monkeypatch.setattr(ShardEncoder, "_make", not_the_images)
+    monkeypatch.setattr(ShardEncoder, "make", not_the_images)
     assert planted.run(store, "20%").digest() == FeatureStore(planted.store).digest()
 
 

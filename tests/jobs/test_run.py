@@ -117,7 +117,7 @@ def test_going_back_to_an_earlier_option_takes_up_what_it_made(copy: Made, monke
     run(copy.spec, ("encode",))
     assert copy.open().digest() != digest
     copy.spec.write_text(text)
-    monkeypatch.setattr(ShardEncoder, "_make", None)
+    monkeypatch.setattr(ShardEncoder, "make", None)
     run(copy.spec, ("encode",))
     assert copy.open().digest() == digest
     assert not_fresh(copy.spec) == {}
@@ -200,6 +200,6 @@ def test_a_run_without_its_commits_takes_up_every_file_that_lies_there(
     before = {path: sha256 for path, sha256 in content(copy.store).items() if path.startswith(("corpora/", "views/"))}
     shutil.rmtree(copy.store / "catalog")
     monkeypatch.setattr(ShardWriter, "_make", None)
-    monkeypatch.setattr(ShardEncoder, "_make", None)
+    monkeypatch.setattr(ShardEncoder, "make", None)
     assert run(copy.spec, ("shard", "encode"))[0] == {step for step in STEPS if step[0] in ("shard", "encode")}
     assert content(copy.store) == before

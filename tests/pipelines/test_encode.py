@@ -41,7 +41,7 @@ class Bench:
         self.threads = threads
 
     def tasks(self) -> list[encode.EncodeTask]:
-        listing = self.storage.list(encode.folder(self.plan))
+        listing = encode.listed(self.storage, self.plan)
         return encode.stale(Catalog(self.storage).snapshot(), self.plan, listing)
 
     def worker(self) -> encode.ShardEncoder:
@@ -120,7 +120,7 @@ def test_batches_hold_like_sizes_and_only_depend_on_the_values(bench: Bench) -> 
 
 def test_a_finished_shard_is_adopted_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.written()
-    monkeypatch.setattr(encode.ShardEncoder, "_make", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encode.ShardEncoder, "make", lambda *_: pytest.fail("encoded again"))
     assert bench.written() == first
 
 
@@ -145,10 +145,10 @@ def test_an_orphan_of_other_rows_is_not_adopted(bench: Bench) -> None:
     tasks = bench.tasks()
     worker = bench.worker()
     worker.encode(tasks[0])
-    made = bench.worker()._adopt(tasks[0])
+    made = bench.worker().adopt(tasks[0])
     assert made is not None
     for change in ({"sha256": "0" * 64}, {"ids_sha256": "0" * 64}, {"rows": tasks[0].rows + 1}):
-        assert bench.worker()._adopt(tasks[0]._replace(**change)) is None
+        assert bench.worker().adopt(tasks[0]._replace(**change)) is None
 
 
 def test_a_shard_is_stale_without_a_row_or_its_file_or_where_its_input_is_another(bench: Bench) -> None:
