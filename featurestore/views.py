@@ -155,7 +155,7 @@ class View:
         return [self._entries[shard.shard] for shard in self.corpus.shards]
 
     def files(self) -> list[str]:
-        """Keys of the Parquet files in the store, in order."""
+        """Keys of the Parquet files, in order, relative to the store: `store.storage.uri` goes before them."""
         return [entry.path for entry in self.entries()]
 
     def read(self, shard: str) -> pa.Table:
