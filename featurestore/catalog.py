@@ -173,8 +173,14 @@ class Catalog:
         died with SIGABRT (deltalake 1.6.6, pyarrow 25).
         """
         names = sorted(uri.rpartition("/")[2] for uri in delta.file_uris())
-        files = (self.storage.read(f"{FOLDER}/{name}") for name in names)
-        tables = [pq.ParquetFile(pa.BufferReader(content)).read(list(Entry._fields)).cast(SCHEMA) for content in files]
+        try:
+            files = [self.storage.read(f"{FOLDER}/{name}") for name in names]
+            tables = [pq.ParquetFile(pa.BufferReader(each)).read(list(Entry._fields)).cast(SCHEMA) for each in files]
+        except (NotFound, pa.ArrowException, OSError) as error:
+            raise StoreError(
+                f"{self.storage.uri}: a file of the catalog is gone or damaged ({error}); restore {FOLDER}/ from a copy, or "
+                "open an earlier version"
+            ) from error
         return pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
 
     def _open(self, version: int | None = None) -> DeltaTable:
