@@ -58,7 +58,12 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
     corpus = corpus_dict(spec)
     name, source = corpus["name"], open_source(corpus)
     _check_settings(snapshot, corpus)
-    found = shard.scan(source, shard.known_etags(snapshot, name))
+    known = shard.known_etags(snapshot, name)
+    found = (
+        shard.scan(source, known, shard.same_content(Corpus(snapshot, name), source))
+        if known
+        else shard.scan(source, {})
+    )
     if not found.samples + found.known:
         raise InputError(f"{corpus['source']['path']} holds no samples; name another manifest in corpus.source.path")
     _check_columns(spec, source.columns())

@@ -9,22 +9,24 @@ Shard keys come from the set of new (id, etag) alone, so any runner and any numb
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
+import pyarrow as pa
 
 from featurestore import artefact
 from featurestore.catalog import Catalog, Snapshot
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.encoders.runtime import keep_freed_memory
-from featurestore.errors import InputError
-from featurestore.identity import IngestDigest, hash64
+from featurestore.errors import DecodeError, InputError
+from featurestore.identity import IngestDigest, hash64, input_digest
 from featurestore.storage import Storage
+from featurestore.times import TIMESTAMPS
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
 from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
-from pipelines.sources import SampleRef, Source, open_source
+from pipelines.sources import SampleRef, Source, Value, open_source
 
 SHARDS_PER_RANGE = 32
 
@@ -60,8 +62,16 @@ def known_etags(snapshot: Snapshot, name: str) -> dict[str, str]:
     return known
 
 
-def scan(source: Source, known: dict[str, str]) -> Ingest:
-    """Reads all references once and says what is new. InputError where an id stands twice, naming both places."""
+def scan(
+    source: Source, known: dict[str, str], unchanged: Callable[[SampleRef], bool] = lambda reference: False
+) -> Ingest:
+    """Reads all references once and says what is new. InputError where an id stands twice, naming both places.
+
+    Args:
+        source: the corpus's source.
+        known: id -> etag of what the store holds.
+        unchanged: asked of a sample with another etag than the stored one: whether it is the same all the same.
+    """
     digest, size, changed, seen = IngestDigest(), 0, 0, 0
     hashes: list[int] = []
     for reference in source.references():
@@ -71,12 +81,45 @@ def scan(source: Source, known: dict[str, str]) -> Ingest:
         if etag is None:
             digest.add(reference.id, reference.etag)
             size += reference.bytes
-        elif etag != reference.etag:
+        elif etag != reference.etag and not unchanged(reference):
             changed += 1
     unique, counts = np.unique(np.array(hashes, np.uint64), return_counts=True)
     if len(unique) < len(hashes):
         _name_duplicate(source, set(unique[counts > 1].tolist()))
     return Ingest(digest.key(), digest.count, size, seen - digest.count, changed, len(known) - (seen - digest.count))
+
+
+def same_content(corpus: Corpus, source: Source) -> Callable[[SampleRef], bool]:
+    """Tells a sample whose files were only touched or copied from one that changed: by its columns and its values' digests."""
+
+    def unchanged(reference: SampleRef) -> bool:
+        (sample,) = source.samples([reference])
+        key, row = corpus.locate(reference.id)
+        rows = corpus.read(key).slice(row, 1)
+        times = [name for name in TIMESTAMPS if name in rows.column_names]
+        stored = rows.drop_columns(times).to_pylist()[0]
+        columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
+        kept = {
+            name for name in stored if name not in {"id", "group", "etag", *corpus.fields} and stored[name] is not None
+        }
+        return (
+            stored["group"] == sample.group
+            and all(rows[name].cast(pa.int64())[0].as_py() == sample.columns.get(name) for name in times)
+            and kept == columns.keys()
+            and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
+            and all(_same_value(stored[name], value) for name, value in sample.values.items())
+        )
+
+    return unchanged
+
+
+def _same_value(member: dict[str, Any], value: Value | None) -> bool:
+    if value is None:
+        return bool(member["miss_reason"] == "absent")
+    try:
+        return bool(member["digest"] == input_digest(value.fetch()))
+    except DecodeError:
+        return False
 
 
 def _name_duplicate(source: Source, suspects: set[int]) -> None:

@@ -1,6 +1,7 @@
 """What a spec says of a corpus, against what its source and the store hold: told before anything is written."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,35 @@ def test_a_damaged_tar_without_its_commit_is_not_taken_up(tmp_path: Path) -> Non
     rows = next(tar.parent.glob(f"{tar.name.rpartition('-')[0]}-*.parquet"))
     assert read_footer(rows.read_bytes())["media"][0].endswith(tar.name)
     assert tar.read_bytes()[600] == content[600] ^ 1
+
+
+def test_a_file_that_was_only_touched_is_not_a_changed_sample(tmp_path: Path) -> None:
+    """Copied or touched files have another time and the same bytes; other bytes of the same size are a change."""
+    rows = [{"id": f"s{n}", "album": "a", "words": f"{n}.txt", "year": n, "tags": ["x", n]} for n in range(6)]
+    for row in rows:
+        (tmp_path / row["words"]).write_text(f"text of {row['id']}")
+    write(tmp_path, rows)
+    text = SPEC.format(folder=tmp_path, **(PLAIN | {"column": "words"})).replace(
+        "from: words", "from: words, read: file"
+    )
+
+    def run_files() -> list[Any]:
+        return Runner(specs.parse(text, "spec"), Console(quiet=True)).run(("shard",))
+
+    assert len(run_files()) == 1
+    digest = FeatureStore(tmp_path / "store").digest()
+    for row in rows:
+        os.utime(tmp_path / row["words"], (1, 1))
+    assert run_files() == []
+    assert FeatureStore(tmp_path / "store").digest() == digest
+
+    (tmp_path / "3.txt").write_text("text of s9")
+    with pytest.raises(InputError, match="1 of its samples"):
+        run_files()
+    (tmp_path / "3.txt").write_text("text of s3")
+    write(tmp_path, [row | {"year": 7} if row["id"] == "s3" else row for row in rows])
+    with pytest.raises(InputError, match="1 of its samples"):
+        run_files()
 
 
 def test_planning_makes_no_store(tmp_path: Path) -> None:
