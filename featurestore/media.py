@@ -141,6 +141,16 @@ def decode_audio(raw: bytes, sample_rate: int, max_seconds: float | None = None)
         return resampled
 
 
+def check(modality: str, raw: bytes) -> None:
+    """Decodes a value and throws it away; DecodeError where it cannot be decoded."""
+    if modality == "text":
+        decode_text(raw)
+    elif modality == "image":
+        decode_image(raw)
+    else:
+        decode_audio(raw, sample_rate_of(raw))
+
+
 def sample_rate_of(raw: bytes) -> int:
     """Frames a second, in Hz, that a sound file's header states; DecodeError where it has none to read."""
     import soundfile

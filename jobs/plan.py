@@ -44,9 +44,10 @@ def open_catalog(storage: Storage) -> Snapshot:
 
 
 def corpus_dict(spec: Spec) -> dict[str, Any]:
-    """The corpus part of a spec, as it travels to workers."""
+    """The corpus part of a spec, as it travels to workers, and which fields no view would ever decode."""
     corpus: dict[str, Any] = spec.corpus.model_dump(mode="json", by_alias=True)
-    return corpus
+    viewed = {view.field for view in spec.views.values()}
+    return corpus | {"unviewed": sorted(corpus["fields"].keys() - viewed)}
 
 
 def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:

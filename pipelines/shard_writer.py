@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore import artefact
+from featurestore import artefact, media
 from featurestore.catalog import Entry
 from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, ROWS, member_header
 from featurestore.errors import DecodeError
@@ -210,13 +210,16 @@ class ShardWriter:
         }
 
     def _checked(self, field: str, value: Value) -> bytes | DecodeError:
-        """The raw value, or why it is rejected already here: what needs no decoder."""
+        """The raw value, or why it is rejected already here: what needs no decoder, and what no view would ever decode."""
         try:
             raw = value.fetch()
             if not raw:
                 raise DecodeError("empty", f"{value.source}: 0 bytes")
-            if self.corpus["fields"][field]["modality"] == "text":
+            modality = self.corpus["fields"][field]["modality"]
+            if modality == "text":
                 raw.decode()
+            if field in self.corpus.get("unviewed", ()):
+                media.check(modality, raw)
         except UnicodeDecodeError as error:
             return DecodeError("invalid_utf8", f"{value.source}: {error}")
         except DecodeError as error:
@@ -225,9 +228,7 @@ class ShardWriter:
 
 
 def _extension(modality: str, raw: bytes) -> str:
-    from featurestore.media import sniff_extension
-
-    return "txt" if modality == "text" else sniff_extension(raw)
+    return "txt" if modality == "text" else media.sniff_extension(raw)
 
 
 def _rows_table(samples: list[Sample], members: list[dict[str, dict[str, Any]]], fields: dict[str, Any]) -> pa.Table:

@@ -1,11 +1,13 @@
 """What a spec says of a corpus, against what its source and the store hold: told before anything is written."""
 
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from featurestore.artefact import read_footer
@@ -13,7 +15,7 @@ from featurestore.errors import AlignmentError, BudgetExceeded, InputError
 from featurestore.store import FeatureStore
 from jobs import plan
 from jobs import spec as specs
-from jobs.report import field_counts
+from jobs.report import field_counts, rejected
 from jobs.run import Runner
 
 SPEC = """
@@ -171,6 +173,23 @@ def test_a_file_that_was_only_touched_is_not_a_changed_sample(tmp_path: Path) ->
     write(tmp_path, [row | {"year": 7} if row["id"] == "s3" else row for row in rows])
     with pytest.raises(InputError, match="1 of its samples"):
         run_files()
+
+
+def test_a_value_that_no_view_decodes_is_decoded_when_it_is_sharded(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    (tmp_path / "good.png").write_bytes(buffer.getvalue())
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    rows = [{"id": f"s{n}", "album": "a", "file": "cut.png" if n == 4 else "good.png"} for n in range(9)]
+    write(tmp_path, rows)
+    text = SPEC.format(folder=tmp_path, **(PLAIN | {"field": "image", "column": "file"}))
+    text = text.replace("modality: text", "modality: image") + "  failure_budget: 20%\n"
+    Runner(specs.parse(text, "spec"), Console(quiet=True)).run(("shard",))
+    store = FeatureStore(tmp_path / "store")
+    assert field_counts(store, "texts") == {"image": {"present": 8, "missing": 0, "quarantined": 1}}
+    assert [(row["id"], row["stage"], row["reason"]) for row in rejected(store, "texts")] == [
+        ("s4", "shard", "decode_error")
+    ]
 
 
 def test_planning_makes_no_store(tmp_path: Path) -> None:
