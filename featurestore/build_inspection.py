@@ -12,7 +12,7 @@ from featurestore import artefact, indexes, vectors
 from featurestore.builds import SPACE
 from featurestore.catalog import Entry, Snapshot
 from featurestore.errors import AlignmentError
-from featurestore.inspection import Inspection
+from featurestore.inspection import INPUT_FIRST, Inspection
 from featurestore.spaces import Space
 from featurestore.views import View
 
@@ -37,7 +37,9 @@ def space_build(look: Inspection, snapshot: Snapshot, files: Files) -> None:
         with look.guard(entry):
             space = Space.from_bytes(look.storage.read(entry.path))
             for name in entry.info()["settings"]["views"]:
-                dim, takes = View(snapshot, name).dim, len(space.projections[name].mean)
+                takes = dim = len(space.projections[name].mean)
+                with look.guard(entry, INPUT_FIRST):
+                    dim = View(snapshot, name).dim
                 if dim != takes:
                     look.say(entry, f"projects vectors of {takes} values; those of view {name!r} have {dim}")
 
@@ -63,7 +65,8 @@ def index_build(look: Inspection, snapshot: Snapshot, files: Files) -> None:
         look.claims(rows, artefact.footer_of(stored), claims)
         if table is not None:
             opened = _open_index(look, index, card, count) if index is not None else None
-            _index_rows(look, snapshot, rows, table, opened)
+            with look.guard(rows, INPUT_FIRST):
+                _index_rows(look, snapshot, rows, table, opened)
 
 
 def _open_index(look: Inspection, entry: Entry, card: dict[str, Any], count: int) -> Any:
@@ -79,7 +82,7 @@ def _open_index(look: Inspection, entry: Entry, card: dict[str, Any], count: int
 
 def _index_rows(look: Inspection, snapshot: Snapshot, rows: Entry, table: pa.Table, opened: Any) -> None:
     settings = rows.info()["settings"]
-    space = _space(look, snapshot, settings["space"])
+    space = _space(look, snapshot, rows, settings["space"])
     places: dict[tuple[str, str], list[int]] = defaultdict(list)
     for place, at in enumerate(zip(table["view"].to_pylist(), table["shard"].to_pylist(), strict=True)):
         places[at].append(place)
@@ -107,7 +110,8 @@ def _index_shard(
     try:
         stored, ids = view.read(shard), view.corpus.ids(shard)
     except AlignmentError as error:
-        look.say(rows, f"cannot be proven, shard {shard} of view {view.name!r} does not hold: {error}")
+        problem = f"cannot be proven, shard {shard} of view {view.name!r} does not hold: {error}"
+        look.say(rows, problem, mend=INPUT_FIRST)
         return
     present = np.flatnonzero(np.asarray(stored["present"]))
     numbers = np.asarray(own["row"], np.int64)
@@ -134,10 +138,10 @@ def _index_shard(
             look.say(rows, problem, place, own["id"][int(np.flatnonzero(at == place)[0])].as_py())
 
 
-def _space(look: Inspection, snapshot: Snapshot, name: str) -> Space | None:
+def _space(look: Inspection, snapshot: Snapshot, rows: Entry, name: str) -> Space | None:
     for entry in snapshot.entries(SPACE, name):
         if entry.shard == "space":
-            with look.guard(entry):
+            with look.guard(rows, INPUT_FIRST):
                 return Space.from_bytes(artefact.read_checked(look.storage, entry.path, entry.sha256))
     return None
 

@@ -30,11 +30,11 @@ _READ_BYTES = 1 << 20
 # tarfile copies what is left of its buffer at every read: a large one is slow.
 _TAR_BYTES = 1 << 15
 
-_RUN = "delete {path}, and `braid run` makes it again"
-_MENDS = {
-    ROWS: "put the file back from a copy, or shard the corpus into a new store",
-    MEDIA: "put the file back from a copy, or shard the corpus into a new store",
-}
+_RUN = "`braid run` makes it again"
+_DELETE = "delete {path}, and `braid run` makes it again"
+_RESTORE = "put the file back from a copy, or shard the corpus into a new store"
+INPUT_FIRST = "mend that first: with its old bytes back, this one needs nothing"
+"""The mend of what cannot be proven because what it was made from is damaged: a remade shard has the bytes it had."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Inspection:
         self.findings: list[Finding] = []
         self.files = self.rows = self.file_bytes = 0
         self._named: Counter[str] = Counter()
+        self._gone: set[str] = set()
 
     def reads(self, level: str) -> bool:
         """Whether the inspection goes as deep as `level`."""
@@ -75,7 +76,7 @@ class Inspection:
         self, entry: Entry, problem: str, row: int | None = None, sample_id: str | None = None, mend: str = ""
     ) -> None:
         """Adds a finding; past `MOST_NAMED` rows of a file only their number."""
-        mend = mend or _MENDS.get(entry.kind, _RUN).format(path=entry.path)
+        mend = mend or self._mend(entry)
         self._named[entry.path] += row is not None
         more = self._named[entry.path] - MOST_NAMED
         if row is not None and more > 0:
@@ -85,16 +86,22 @@ class Inspection:
             return
         self.findings.append(Finding(entry.kind, entry.name, entry.shard, entry.path, problem, mend, row, sample_id))
 
+    def _mend(self, entry: Entry) -> str:
+        """What brings a file back: Braid makes again what it made, but has a corpus's raw data from nowhere else."""
+        if entry.kind in (ROWS, MEDIA) or (entry.kind == QUARANTINE and entry.name.startswith("shard/")):
+            return _RESTORE
+        return _RUN if entry.path in self._gone else _DELETE.format(path=entry.path)
+
     def _rest(self, entry: Entry, more: int, mend: str) -> Finding:
         return Finding(entry.kind, entry.name, entry.shard, entry.path, f"… and {more} more of its rows", mend)
 
     @contextmanager
-    def guard(self, entry: Entry) -> Iterator[None]:
-        """Makes a finding of whatever reading a broken file raises."""
+    def guard(self, entry: Entry, mend: str = "") -> Iterator[None]:
+        """Makes a finding of whatever reading a broken file raises; `mend` where the file that is read is another's."""
         try:
             yield
         except BraidError as error:
-            self.say(entry, f"cannot be proven: {error}")
+            self.say(entry, f"cannot be proven: {error}", mend=mend)
         except Exception as error:
             # Bytes that are anything at all: Arrow, tarfile, JSON and NumPy raise classes of their own.
             self.say(entry, f"cannot be read: {type(error).__name__}: {error}")
@@ -106,6 +113,7 @@ class Inspection:
         try:
             size = self.storage.size(entry.path)
         except NotFound:
+            self._gone.add(entry.path)
             self.say(entry, "the catalog names this file, and it is gone")
             return False
         if size != entry.bytes:
@@ -199,7 +207,8 @@ def view_shard(look: Inspection, view: Entry, rows: Entry, quarantine: Entry | N
                 look.say(view, problem)
             look.claims(view, artefact.footer_of(stored), {"quarantine": [_placed(quarantine)]})
             if table is not None:
-                rejected = _view_rows(look, view, table, read_rows(look.storage, rows))
+                with look.guard(view, INPUT_FIRST):
+                    rejected = _view_rows(look, view, table, read_rows(look.storage, rows))
     _quarantine(look, view, quarantine, rejected)
 
 

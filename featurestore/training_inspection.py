@@ -15,7 +15,7 @@ from featurestore.catalog import Entry, Snapshot
 from featurestore.corpora import Corpus
 from featurestore.errors import NotFound
 from featurestore.identity import tar_key
-from featurestore.inspection import Inspection
+from featurestore.inspection import INPUT_FIRST, Inspection
 from featurestore.views import View
 
 Files = Mapping[str, Entry]
@@ -31,7 +31,7 @@ def training_build(look: Inspection, snapshot: Snapshot, files: Files) -> None:
     plain_build(look, (entry for name, entry in files.items() if not name.endswith((".parquet", ".tar"))))
     first = files[min(files)]
     sources: _Sources | None = None
-    with look.guard(first):
+    with look.guard(first, INPUT_FIRST):
         sources = _Sources(snapshot, first.info()["settings"]) if look.reads("rows") else None
     splits: dict[str, dict[str, str]] = {"sample": {}, "group": {}}
     counts: dict[str, int] = defaultdict(int)
@@ -44,8 +44,9 @@ def training_build(look: Inspection, snapshot: Snapshot, files: Files) -> None:
             _leaks(look, rows, table, split, splits)
     if card and dict(card.get("rows", {})) != dict(counts):
         look.say(files["card"], f"its card counts {card.get('rows')} rows; the files hold {dict(counts)}")
-    if sources is not None and sources.labelled() != sum(counts.values()):
-        look.say(first, f"{sum(counts.values())} rows of {sources.labelled()} samples with a label")
+    with look.guard(first, INPUT_FIRST):
+        if sources is not None and (labelled := sources.labelled()) != sum(counts.values()):
+            look.say(first, f"{sum(counts.values())} rows of {labelled} samples with a label")
 
 
 class _Sources:
@@ -70,7 +71,8 @@ def _rows(look: Inspection, rows: Entry, tar: Entry | None, split: str, sources:
             if count != rows.rows:
                 look.say(rows, f"{count} rows where the catalog says {rows.rows}")
             if table is not None and sources is not None:
-                _aligned(look, rows, table, split, sources)
+                with look.guard(rows, INPUT_FIRST):
+                    _aligned(look, rows, table, split, sources)
     if tar is not None:
         with look.guard(tar):
             if look.sized(tar) and table is not None:

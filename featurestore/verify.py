@@ -199,7 +199,7 @@ def catalog_findings(snapshot: Snapshot) -> list[Finding]:
             _covers(look, snapshot, name)
     for kind in builds.BUILDS:
         for name in snapshot.names(kind):
-            with look.guard(snapshot.entries(kind, name)[0]):
+            with look.guard(snapshot.entries(kind, name)[0], "`braid run` completes what it is made from"):
                 _fresh(look, snapshot, kind, name)
     return look.findings
 

@@ -424,6 +424,18 @@ def test_a_finding_says_where_what_and_the_mend(broken: Broken) -> None:
     assert "braid run" in line
 
 
+@pytest.mark.parametrize("kind", [ROWS, MEDIA, QUARANTINE])
+def test_nothing_of_a_corpus_is_to_be_deleted(broken: Broken, kind: str) -> None:
+    """`braid run` cannot make raw data again; a view beside it is as good as before."""
+    entry = broken.entry(kind, "shard/planted" if kind == QUARANTINE else "planted", 0)
+    for content in (broken.path(entry).read_bytes()[:-9] + b"damaged!!", None):
+        broken.change(entry, content, False)
+        found = verify(broken.storage).findings
+        assert {each.kind for each in found} == ({ROWS, VIEW} if kind == ROWS else {kind})
+        for each in found:
+            assert each.mend.startswith("mend that first" if each.kind == VIEW else "put the file back from a copy")
+
+
 def test_many_wrong_rows_are_counted_not_listed(whole: Whole) -> None:
     look = Inspection(whole.storage, "rows")
     entry = Entry(VIEW, "v", "r", "s", "views/v/r/s", 100, 1, "0", "", "", None, None, "{}")

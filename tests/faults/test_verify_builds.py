@@ -65,6 +65,43 @@ def test_a_remade_shard_with_the_same_bytes_leaves_builds_fresh(store: Broken) -
     assert verify(store.storage).ok
 
 
+@pytest.mark.parametrize("fault", ["gone", "changed", "not named"])
+def test_a_damaged_view_shard_is_mended_alone(store: Broken, fault: str) -> None:
+    """The builds made from it are told too, but nothing says to delete them: they are as good as they were."""
+    entry = store.entry(VIEW, "sound", 1)
+    content = store.path(entry).read_bytes()
+    if fault == "not named":
+        store.commit(entry, None)
+    else:
+        store.change(entry, None if fault == "gone" else flip(content, len(content) // 2), False)
+    found = verify(store.storage).findings
+    assert {SPACE, INDEX, TRAINING} - {each.kind for each in found} <= {SPACE}
+    mends = {each.mend for each in found if each.kind == VIEW}
+    assert mends == {
+        "gone": {"`braid run` makes it again"},
+        "changed": {f"delete {entry.path}, and `braid run` makes it again"},
+        "not named": {"`braid run` encodes it"},
+    }[fault]
+    others = {each.mend for each in found if each.kind != VIEW}
+    assert others
+    assert all("that first" in mend or "completes what it is made from" in mend for mend in others), others
+    store.path(entry).unlink(missing_ok=fault != "changed")
+    encode_view(store.storage, "sound", "log-mel")
+    assert verify(store.storage).ok
+
+
+def test_a_build_file_that_is_gone_is_not_to_be_deleted(store: Broken) -> None:
+    gone, flipped = file_of(store, SPACE, "space"), file_of(store, TRAINING, TRAIN)
+    store.change(gone, None, False)
+    store.change(flipped, flip(store.path(flipped).read_bytes(), 400), False)
+    mends = {(each.kind, each.mend) for each in verify(store.storage).findings}
+    assert mends == {
+        (SPACE, "`braid run` makes it again"),
+        (INDEX, "mend that first: with its old bytes back, this one needs nothing"),
+        (TRAINING, f"delete {flipped.path}, and `braid run` makes it again"),
+    }
+
+
 def test_an_index_over_a_corpus_that_has_grown_is_stale(store: Broken) -> None:
     gone = store.entry(ROWS, "planted", 6)
     for kind in (ROWS, "media"):
