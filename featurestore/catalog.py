@@ -143,16 +143,16 @@ class Catalog:
                 },
             )
         except (DeltaError, OSError) as error:
-            raise StoreError(
-                f"{self.storage.uri}: cannot make a catalog: {error}; check the address and its rights"
-            ) from error
+            raise StoreError(f"{self.storage.uri}: cannot make a catalog: {self.storage.client_says(error)}") from error
 
     def exists(self) -> bool:
         """Whether the store has a catalog."""
         try:
             return bool(DeltaTable.is_deltatable(self._uri, self._options))
         except (DeltaError, OSError) as error:
-            raise StoreError(f"{self.storage.uri}: cannot look for a catalog: {error}") from error
+            raise StoreError(
+                f"{self.storage.uri}: cannot look for a catalog: {self.storage.client_says(error)}"
+            ) from error
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """The catalog at a version, or the newest."""
@@ -190,12 +190,15 @@ class Catalog:
             raise NotFound(
                 f"{self.storage.uri} holds no Braid store; `braid run SPEC` makes one, or correct the address"
             ) from None
-        except (DeltaError, OSError) as error:
+        # A version below 0 is an OverflowError of Rust's.
+        except (DeltaError, OSError, OverflowError) as error:
             if version is not None and self.exists():
                 raise NotFound(
                     f"{self.storage.uri} has no version {version}; it has 0 to {self._open().version()}"
                 ) from None
-            raise StoreError(f"{self.storage.uri}: cannot open the catalog: {error}") from error
+            raise StoreError(
+                f"{self.storage.uri}: cannot open the catalog: {self.storage.client_says(error)}"
+            ) from error
 
     def history(self) -> list[dict[str, Any]]:
         """One dict per version, newest first: version, timestamp (ms since 1970), job and what it published."""

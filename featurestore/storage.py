@@ -310,10 +310,24 @@ class Storage(BaseModel):
             # An object store's client raises classes of five packages, none of them ours to import here.
             if self.is_local and not isinstance(error, OSError):
                 raise
-            raise StoreError(
-                f"{where}: cannot {action}: {type(error).__name__}: {error}; "
-                "check the store's uri, endpoint, region and credentials, and try again"
-            ) from error
+            raise StoreError(f"{where}: cannot {action}: {self.client_says(error)}") from error
+
+    def client_says(self, error: Exception) -> str:
+        """What a client of the store raised, on one line, and the mend. Clients draw trees over several lines."""
+        text = re.sub(r"\x1b\[[\d;]*m|↳", "", f"{type(error).__name__}: {error}")
+        line = ": ".join(part.strip().rstrip(":") for part in text.splitlines() if part.strip())
+        if self.is_local:
+            return f"{line}; check the path, its rights and the disk"
+        if not re.search(r"(No|Partial)Credentials|(locate|loading|no) credentials|token request", line):
+            return f"{line}; check the store's uri, endpoint, region and credentials, and try again"
+        keys = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "gs": "GOOGLE_APPLICATION_CREDENTIALS"}[
+            self.scheme
+        ]
+        profile = "name a profile in store.profile, " if self.scheme == "s3" else ""
+        return (
+            f"no credentials for it are found here; {profile}set {keys} in the environment, or write `anonymous: true` "
+            "under store for what is open to all"
+        )
 
     def _refuse_missing_bucket(self, error: Exception) -> None:
         cause: Any = error.__cause__

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from featurestore.catalog import Catalog
 from featurestore.errors import BraidError, InputError, MissingExtra, NotFound, StoreError
 from featurestore.storage import Storage
 
@@ -306,6 +308,32 @@ def test_a_store_that_does_not_answer_is_a_store_error(bucket: Storage, monkeypa
         store = bucket.model_copy(update={"endpoint": f"http://127.0.0.1:{held.getsockname()[1]}"})
         with pytest.raises(StoreError, match=r"cannot look up: .*check the store's uri, endpoint"):
             store.size("a")
+
+
+def test_a_store_without_credentials_says_what_to_give_on_one_line(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both clients, each with a text of its own: fsspec's for data, deltalake's (several lines in colour) for the catalog."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    store = Storage(uri="s3://closed/store", region="eu-west-1")
+    catalog = Catalog(store)
+    for act in (lambda: store.read("a"), lambda: store.list(), catalog.exists, catalog.snapshot, catalog.create):
+        with pytest.raises(StoreError, match=r"^s3://closed/store.*: no credentials for it are found here; ") as caught:
+            act()
+        assert re.search(r"store\.profile, .*AWS_ACCESS_KEY_ID and .*, or .*anonymous: true", str(caught.value))
+        assert str(caught.value).isprintable()
+
+
+def test_what_a_client_says_is_one_line() -> None:
+    error = OSError("Kernel error -> refused\n   \x1b[31m↳\x1b[0m no answer:\n    \x1b[31m↳\x1b[0m from 1.2.3.4\n")
+    said = Storage(uri="s3://a/b").client_says(error)
+    assert said.startswith("OSError: Kernel error -> refused: no answer: from 1.2.3.4; check the store's uri, endpoint")
+    said = Storage(uri="gs://a/b").client_says(OSError("Generic GCS error: Error performing token request"))
+    assert re.search(r"^no credentials .*; set GOOGLE_APPLICATION_CREDENTIALS in .*anonymous: true", said)
+    assert (
+        Storage(uri="/a").client_says(OSError(28, "No space left")).endswith("check the path, its rights and the disk")
+    )
 
 
 def test_missing_rights_are_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
