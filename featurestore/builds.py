@@ -14,6 +14,7 @@ from featurestore.views import VIEW
 
 SPACE, INDEX, TRAINING = "space", "index", "training"
 BUILDS = (SPACE, INDEX, TRAINING)
+NAMES = {SPACE: "space", INDEX: "index", TRAINING: "training set"}
 FOLDERS = {SPACE: "spaces", INDEX: "indexes", TRAINING: "training"}
 VERSION = 1
 """Part of every build's key: raise it when what a build computes changes."""
@@ -45,7 +46,7 @@ def files(snapshot: Snapshot, kind: str, name: str) -> dict[str, Entry]:
     entries = {entry.shard: entry for entry in snapshot.entries(kind, name)}
     if not entries:
         raise NotFound(
-            f"no {kind} {name!r} in {snapshot.storage.uri}; it has: {', '.join(snapshot.names(kind)) or 'none'}"
+            f"no {NAMES[kind]} {name!r} in {snapshot.storage.uri}; it has: {', '.join(snapshot.names(kind)) or 'none'}"
         )
     return entries
 

@@ -25,7 +25,7 @@ def export_webdataset(store: FeatureStore, views: Sequence[str], out: Path, raw:
     view where its value is present (a missing vector is a missing member, never zeros) and, with `raw`, its raw fields.
 
     Raises:
-        InputError: no view, views of different corpora, or a folder that holds files already.
+        InputError: no view, views of different corpora, or a folder that holds files already or cannot be made.
     """
     if not views:
         raise InputError(f"name at least one view; the store has: {', '.join(store.views()) or 'none'}")
@@ -35,7 +35,10 @@ def export_webdataset(store: FeatureStore, views: Sequence[str], out: Path, raw:
         raise InputError(
             f"views {', '.join(views)} are of {len(corpora)} corpora ({', '.join(sorted(corpora))}); one is needed"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made a folder ({error.strerror}); name a new folder") from error
     if any(out.iterdir()):
         raise InputError(f"{out} is not empty; name a new folder")
     corpus, written = opened[0].corpus, []

@@ -178,7 +178,7 @@ class Index:
         """
         if via is not None:
             if via not in self.views:
-                raise InputError(f"index {self.name!r} has no view {via!r}; allowed: via={' | '.join(self.views)}")
+                raise InputError(f"via {via!r}: index {self.name!r} has no such view; allowed: {', '.join(self.views)}")
             return self.views[via]
         fitting = [view for view in self.views.values() if view.modality == modality]
         if len(fitting) != 1:
@@ -186,14 +186,14 @@ class Index:
             problem = (
                 f"{len(fitting)} views of modality {modality!r}" if fitting else f"no view of modality {modality!r}"
             )
-            raise InputError(f"index {self.name!r} has {problem}; name one with via=; it has: {has}")
+            raise InputError(f"index {self.name!r} has {problem}; name one as via; it has: {has}")
         return fitting[0]
 
     def _allowed(self, where: str | None, modality: str | None, as_of: str | int | None) -> np.ndarray | None:
         allowed = np.ones(len(self._table), bool)
         if modality is not None:
             if modality not in MODALITIES:
-                raise InputError(f"modality={modality!r} is not allowed; one of: {', '.join(MODALITIES)}")
+                raise InputError(f"modality {modality!r} is not allowed; one of: {', '.join(MODALITIES)}")
             views = [name for name, view in self.views.items() if view.modality == modality]
             allowed &= np.isin(self._table["view"].to_pylist(), views)
         if where is not None:
@@ -207,7 +207,7 @@ class Index:
         try:
             import duckdb
         except ImportError:
-            raise MissingExtra("where= needs duckdb: pip install 'braid[read]'") from None
+            raise MissingExtra("a where condition needs duckdb: pip install 'braid[read]'") from None
         rows = self._sample_columns()
         # The condition is a person's: one expression over these rows, which reads no file, no variable and no network.
         locked = dict.fromkeys(("enable_external_access", "python_enable_replacements"), "false")
@@ -217,7 +217,7 @@ class Index:
                 found = numbered.filter(where).select("__row").fetchnumpy()["__row"]
             except duckdb.Error as error:
                 columns = ", ".join(rows.column_names)
-                raise InputError(f"where={where!r}: {str(error).splitlines()[0]}; columns: {columns}") from None
+                raise InputError(f"where {where!r}: {str(error).splitlines()[0]}; columns: {columns}") from None
         kept = np.zeros(len(rows), bool)
         kept[np.asarray(found, np.int64)] = True
         return kept
@@ -228,7 +228,7 @@ class Index:
         clocks = [name for name in ("available_timestamp", "event_timestamp") if name in rows.column_names]
         if not clocks:
             raise InputError(
-                f"as_of={as_of!r}: the corpus has no event_timestamp; name it in corpus.columns of the spec"
+                f"as_of {as_of!r}: the corpus has no event_timestamp; name it in corpus.columns of the spec"
             )
         times = rows[clocks[0]].cast(pa.int64())
         return np.asarray(pc.fill_null(pc.less_equal(times, timestamp_ns(as_of, "as_of")), False))

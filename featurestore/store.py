@@ -9,7 +9,7 @@ import numpy as np
 from featurestore import builds
 from featurestore.catalog import Catalog, Snapshot
 from featurestore.corpora import ROWS, Corpus
-from featurestore.errors import InputError
+from featurestore.errors import DecodeError, InputError
 from featurestore.search import Hits, Index, Query, read_card, read_space
 from featurestore.spaces import Space
 from featurestore.storage import Storage
@@ -133,7 +133,8 @@ class FeatureStore:
             as_of: only samples available by this time.
 
         Raises:
-            InputError: no query or several, an unknown view, column or modality, or a vector of another dimension.
+            InputError: no query or several, one that cannot be read or decoded, an unknown view, column or modality, or a
+                vector of another dimension.
         """
         given = {
             name: value
@@ -141,7 +142,9 @@ class FeatureStore:
             if value is not None
         }
         if len(given) != 1:
-            raise InputError(f"search by one of text=, image=, audio=, vector=; given: {', '.join(given) or 'none'}")
+            raise InputError(
+                f"search by one of: text, image, audio (or, in Python, vector); given: {', '.join(given) or 'none'}"
+            )
         ((kind, value),) = given.items()
         opened = self.index(index)
         query = self._vector(opened, value, via) if kind == "vector" else self._encoded(opened, kind, value, via)
@@ -150,8 +153,13 @@ class FeatureStore:
     def _encoded(self, index: Index, kind: str, value: Any, via: str | None) -> np.ndarray:
         view = index.via(via, kind)
         if view.modality != kind:
-            raise InputError(f"via={view.name!r} reads {view.modality}, not {kind}")
-        return np.asarray(index.embed(view.name, self._query.encode(view, _raw(kind, value)))[0])
+            raise InputError(f"via {view.name!r}: this view reads {view.modality}, not {kind}")
+        try:
+            encoded = self._query.encode(view, _raw(kind, value))
+        except DecodeError as error:
+            given = f"{kind} {str(value)!r}" if isinstance(value, str | os.PathLike) else f"the {kind} given"
+            raise InputError(f"{given} cannot be searched by: {error}; give another {kind}") from error
+        return np.asarray(index.embed(view.name, encoded)[0])
 
     def _vector(self, index: Index, value: Any, via: str | None) -> np.ndarray:
         vector = np.asarray(value, np.float32)
@@ -171,7 +179,9 @@ def _raw(kind: str, value: Any) -> bytes:
         try:
             return Path(value).read_bytes()
         except OSError as error:
-            raise InputError(f"{kind}={str(value)!r} cannot be read: {error}") from error
+            raise InputError(
+                f"{kind} {str(value)!r} cannot be read: {error.strerror or error}; correct the path"
+            ) from error
     if kind == "image" and hasattr(value, "save"):
         import io
 
@@ -179,5 +189,5 @@ def _raw(kind: str, value: Any) -> bytes:
         value.save(buffer, "PNG")
         return buffer.getvalue()
     raise InputError(
-        f"{kind}= takes a path or bytes{' or a PIL image' if kind == 'image' else ''}, not {type(value).__name__}"
+        f"{kind} takes a path or bytes{' or a PIL image' if kind == 'image' else ''}, not {type(value).__name__}"
     )

@@ -82,7 +82,7 @@ class Report:
         files = ", ".join(f"{count} {kind}" for kind, count in self.artefacts) or "no files"
         yield (
             f"{self.store} version {self.version}, level {self.level}: {files}; {self.rows} rows read, "
-            f"{self.file_bytes / 1e6:.1f} MB; " + (f"{len(self.findings)} findings" if self.findings else "all holds")
+            f"{self.file_bytes / 1e6:.1f} MB; " + (f"findings: {len(self.findings)}" if self.findings else "all holds")
         )
 
 
@@ -96,7 +96,7 @@ def verify(storage: Storage, version: int | None = None, level: str = "bytes") -
         NotFound: there is no store at the address, or it has no such version.
     """
     if level not in LEVELS:
-        raise InputError(f"level={level!r} is not allowed; one of: {', '.join(LEVELS)}")
+        raise InputError(f"level {level!r} is not allowed; one of: {', '.join(LEVELS)}")
     try:
         snapshot = Catalog(storage).snapshot(version)
         entries = snapshot.all()

@@ -12,7 +12,7 @@ try:
 except ModuleNotFoundError:  # with the extra [read] alone
     sys.exit("error: the command line needs the packages of the extra [run]: pip install 'braid[run]'")
 
-from featurestore.errors import BraidError, InputError
+from featurestore.errors import BraidError, InputError, NotFound
 
 app = typer.Typer(
     help="Aligned multimodal embeddings: shard a corpus, encode it, index it, fuse it into training sets.",
@@ -32,7 +32,10 @@ Version = Annotated[int | None, typer.Option(help="Read this version instead of 
 
 
 def main() -> None:
-    """Runs the command line: a BraidError is one message and exit status 1 (2 for bad input), a bug a traceback."""
+    """Runs the command line: a BraidError is one message and exit status 1, a bug a traceback.
+
+    What was typed is wrong, a name that is not there included: status 2, as the parser has for an unknown option.
+    """
     _quiet()
     try:
         app()
@@ -44,7 +47,7 @@ def main() -> None:
         sys.exit(130)
     except BraidError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        sys.exit(2 if isinstance(error, InputError | NotFound) else 1)
 
 
 def _say() -> Any:
@@ -75,6 +78,9 @@ def _store(address: str, version: int | None = None) -> Any:
 
 def _run(path: Path, stages: tuple[str, ...], only: str | None, beam_args: list[str] | None) -> list[Any]:
     spec = _spec(path)
+    if only is not None:
+        spec.view(only)
+    from jobs.report import counted
     from jobs.run import Runner
 
     runner = Runner(spec, _say(), beam_args or ())
@@ -84,13 +90,14 @@ def _run(path: Path, stages: tuple[str, ...], only: str | None, beam_args: list[
 
         snapshot = Catalog(spec.store).snapshot()
         rejected = sum(entry.rows for entry in snapshot.entries("quarantine"))
-        note = f"; {rejected} values in quarantine, see: braid status {spec.store.uri}" if rejected else ""
+        note = f"; {counted(rejected, 'value')} in quarantine, see: braid status {spec.store.uri}" if rejected else ""
         _say().print(f"store {spec.store.uri}, version {snapshot.version}{note}")
     return done
 
 
 def _quiet() -> None:
     """What a worker raises on purpose is printed once, by `main`; Beam would log its traceback before."""
+    os.environ.setdefault("RUST_LOG", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -122,8 +129,10 @@ def plan(spec: SpecPath) -> None:
 
     loaded = _spec(spec)
     from featurestore.catalog import Catalog
+    from jobs.report import counted
 
-    steps = planning.steps(loaded, Catalog(loaded.store).peek())
+    snapshot = Catalog(loaded.store).peek()
+    steps = planning.steps(loaded, snapshot)
     from rich.table import Table
 
     table = Table("stage", "name", "state", "to do", "why", box=None, pad_edge=False)
@@ -132,9 +141,13 @@ def plan(spec: SpecPath) -> None:
         table.add_row(step.stage, step.name, step.state, todo, step.why)
     console = _say()
     console.print(table)
+    if unlisted := planning.unlisted(loaded, snapshot):
+        console.print(f"Kept in the store, but not in the spec: {', '.join(unlisted)}.")
     stale = sum(step.state != planning.FRESH for step in steps)
     console.print(
-        f"{stale} of {len(steps)} steps to run" if stale else "Everything is fresh: `braid run` computes nothing."
+        f"{stale} of {counted(len(steps), 'step')} to run"
+        if stale
+        else "Everything is fresh: `braid run` computes nothing."
     )
 
 
@@ -147,9 +160,14 @@ def run(
     """Run every stage that is stale: shard, encode, align, index, fuse."""
     from jobs.plan import STAGES
 
+    if metrics is not None:
+        try:
+            metrics.parent.mkdir(parents=True, exist_ok=True)
+            metrics.open("ab").close()
+        except OSError as error:
+            raise InputError(f"--metrics {metrics}: cannot be written ({error.strerror}); name another file") from error
     done = _run(spec, STAGES, None, beam)
     if metrics is not None:
-        metrics.parent.mkdir(parents=True, exist_ok=True)
         metrics.write_text(json.dumps([step._asdict() for step in done], indent=1))
 
 
@@ -235,9 +253,13 @@ def history(store: Store) -> None:
     """Print every version of a store, newest first."""
     import datetime
 
+    from jobs.report import counted
+
     for commit in _store(store).history():
         moment = datetime.datetime.fromtimestamp(commit["timestamp_ms"] / 1000, datetime.UTC)
-        print(f"{commit['version']:>5}  {moment:%Y-%m-%d %H:%M:%S}Z  {commit['job']}  ({commit['files']} files)")
+        print(
+            f"{commit['version']:>5}  {moment:%Y-%m-%d %H:%M:%S}Z  {commit['job']}  ({counted(commit['files'], 'file')})"
+        )
 
 
 @app.command()
@@ -272,4 +294,6 @@ def export(
     if format not in FORMATS:
         raise InputError(f"--format {format!r} is not allowed; one of: {', '.join(FORMATS)}")
     written = export_webdataset(_store(store, version), views, out, raw=raw)
-    _say().print(f"{len(written)} shards in {out}")
+    from jobs.report import counted
+
+    _say().print(f"{counted(len(written), 'shard')} in {out}")

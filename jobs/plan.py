@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from featurestore import builds
 from featurestore.catalog import Catalog, Snapshot
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
-from featurestore.errors import InputError, NotFound
+from featurestore.errors import InputError, NotFound, StoreError
 from featurestore.storage import Storage
 from featurestore.views import VIEW
+from jobs.report import counted
 from jobs.spec import Spec
 from pipelines import align, encode, fuse, index, shard
 from pipelines.sources import open_source
@@ -163,6 +164,19 @@ def steps(spec: Spec, snapshot: Snapshot) -> list[Step]:
     ]
 
 
+def unlisted(spec: Spec, snapshot: Snapshot) -> list[str]:
+    """What the store holds of the spec's corpus and the spec does not name: `view old`. Nothing deletes it."""
+    sections = (spec.views, spec.spaces, spec.indexes, spec.training_sets)
+    listed = dict(zip((VIEW, *builds.BUILDS), map(set, sections), strict=True))
+    found = []
+    for kind, names in listed.items():
+        for name in snapshot.names(kind):
+            info = snapshot.entries(kind, name)[0].info()
+            if name not in names and (info if kind == VIEW else info["settings"])["corpus"] == spec.corpus.name:
+                found.append(f"{builds.NAMES.get(kind, kind)} {name}")
+    return found
+
+
 def _outcomes(spec: Spec, snapshot: Snapshot, encodes: list[Step], *, grows: bool) -> dict[str, str]:
     """What a view that is not fresh means to what is made from it: name -> STALE or PENDING.
 
@@ -180,18 +194,17 @@ def _outcomes(spec: Spec, snapshot: Snapshot, encodes: list[Step], *, grows: boo
 
 def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
     found, corpus = ingest(spec, snapshot), corpus_dict(spec)
-    gone = f"; {found.gone} stored samples are no longer in the source and stay" if found.gone else ""
+    gone = f"; no longer in the source, and kept: {counted(found.gone, 'sample')}" if found.gone else ""
     lost = [] if not found.known else _lost(snapshot, corpus["name"])
     if lost:
-        raise InputError(
-            f"corpus {corpus['name']!r}: {len(lost)} of its files are gone or have another size, e.g. {lost[0]}: the raw data "
+        raise StoreError(
+            f"corpus {corpus['name']!r}: {counted(len(lost), 'file')} gone or of another size, e.g. {lost[0]}: the raw data "
             "of a store cannot be made again from itself; restore them, or shard into a new store"
         )
     if not found.samples:
-        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{found.known} samples stored{gone}")
-    return Step(
-        "shard", corpus["name"], STALE, found.samples, found.known + found.samples, f"{found.samples} new samples{gone}"
-    )
+        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored{gone}")
+    why = f"{counted(found.samples, 'new sample')}{gone}"
+    return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, why)
 
 
 def _lost(snapshot: Snapshot, name: str) -> list[str]:
@@ -213,7 +226,7 @@ def _encode_steps(spec: Spec, snapshot: Snapshot, corpus_state: str) -> Iterator
         elif tasks:
             yield Step("encode", plan.name, STALE, len(tasks), total, _why(snapshot, plan, len(tasks)))
         else:
-            yield Step("encode", plan.name, FRESH, 0, total, f"{total} shards")
+            yield Step("encode", plan.name, FRESH, 0, total, counted(total, "shard"))
 
 
 def _why(snapshot: Snapshot, plan: encode.ViewPlan, todo: int) -> str:
@@ -222,7 +235,7 @@ def _why(snapshot: Snapshot, plan: encode.ViewPlan, todo: int) -> str:
         return "not encoded yet"
     if recipes != {plan.recipe}:
         return "another field, encoder, option or version than it was encoded with"
-    return f"{todo} shards are new, gone or of another size"
+    return f"{counted(todo, 'shard')} new, gone or of another size"
 
 
 def _build_steps(

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from jobs.report import counted
+
 _POLL_S = 0.25
 
 
@@ -33,7 +35,7 @@ def track(console: Console, label: str, total: int | None, done: Callable[[], in
         with Progress(*columns, console=console, transient=True) as bar, _polling(bar, label, total, done):
             yield
     else:
-        console.print(f"{label}: started{f', {total} samples' if total else ''}")
+        console.print(f"{label}: started{f', {counted(total, "sample")}' if total else ''}")
         yield
     seconds = time.monotonic() - begun
     rate = f", {total / seconds:,.0f} samples/s" if total and seconds > 0 else ""

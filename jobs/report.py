@@ -10,6 +10,11 @@ from featurestore.errors import AlignmentError
 from featurestore.store import FeatureStore
 
 
+def counted(count: int, what: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def rejected(store: FeatureStore, corpus: str) -> list[dict[str, Any]]:
     """Every quarantined value of a corpus: id, field, stage, reason, detail, source."""
     views = [view for view in map(store.view, store.views()) if view.corpus.name == corpus]
@@ -52,16 +57,16 @@ def status_lines(store: FeatureStore) -> Iterator[str]:
     yield f"{store.storage.uri}, version {store.version}, digest {store.digest()}"
     for name in store.corpora():
         corpus = store.corpus(name)
-        yield f"corpus {name}: {corpus.rows} samples in {len(corpus.shards)} shards"
+        yield f"corpus {name}: {counted(corpus.rows, 'sample')} in {counted(len(corpus.shards), 'shard')}"
         for field, counts in field_counts(store, name).items():
             yield "  " + f"{field}: " + ", ".join(f"{count} {what}" for what, count in counts.items())
         for (stage, field, reason), count in sorted(Counter(_causes(store, name)).items()):
             yield f"  rejected at {stage}: {field}, {reason}: {count}"
     for name in store.views():
         view = store.view(name)
-        yield f"view {name}: {view.rows} rows × {view.dim} float32, {view.encoder['key']} of {view.field}"
+        yield f"view {name}: {counted(view.rows, 'row')} × {view.dim} float32, {view.encoder['key']} of {view.field}"
     for name in store.indexes():
-        yield f"index {name}: {store.index(name).card['rows']} vectors, {store.index(name).card['factory']}"
+        yield f"index {name}: {counted(store.index(name).card['rows'], 'vector')}, {store.index(name).card['factory']}"
     for name in store.training_sets():
         yield f"training set {name}: {store.training_set(name)}"
 

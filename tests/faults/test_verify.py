@@ -446,7 +446,7 @@ def test_many_wrong_rows_are_counted_not_listed(whole: Whole) -> None:
 
 
 def test_another_level_is_refused_and_so_is_an_address_without_a_store(whole: Whole, broken: Broken) -> None:
-    with pytest.raises(InputError, match=r"level='deep' is not allowed; one of: footers, rows, bytes"):
+    with pytest.raises(InputError, match=r"level 'deep' is not allowed; one of: footers, rows, bytes"):
         verify(whole.storage, level="deep")
     with pytest.raises(NotFound, match="has no version 99"):
         verify(whole.storage, 99)

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from featurestore import encoders
-from featurestore.errors import AlignmentError, DecodeError, InputError, NotFound, StoreError
+from featurestore.errors import AlignmentError, InputError, NotFound, StoreError
 from featurestore.search import Hit, Hits
 from featurestore.store import FeatureStore
 from featurestore.views import COLUMNS, View
@@ -210,9 +210,9 @@ def test_a_condition_that_is_more_than_one_over_the_columns_is_refused(
     a_variable = pa.table({"label": ["ring"]})
     assert len(a_variable) == 1
     where = where.format(file=file, readable=readable)
-    with pytest.raises(InputError, match=r"where=['\"].*columns: shard, id, group, .*label") as caught:
+    with pytest.raises(InputError, match=r"where ['\"].*columns: shard, id, group, .*label") as caught:
         store.search("heard", vector=space_vector(store, "heard"), where=where)
-    assert str(caught.value).startswith(f"where={where!r}: ")
+    assert str(caught.value).startswith(f"where {where!r}: ")
     assert not file.exists()
 
 
@@ -220,13 +220,13 @@ def test_a_query_that_cannot_be_answered_says_what_can(store: FeatureStore) -> N
     vector = space_vector(store, "heard")
     dim = len(vector)
     for told, index, query in [
-        (r"search by one of text=, image=, audio=, vector=; given: none", "heard", {}),
+        (r"search by one of: text, image, audio .*; given: none", "heard", {}),
         (r"given: text, vector", "heard", {"text": "a", "vector": vector}),
-        (r"2 views of modality 'audio'; name one with via=; .* sound \(audio\), timbre \(audio\)", "sounds", {"audio": b"x"}),
+        (r"2 views of modality 'audio'; name one as via; .* sound \(audio\), timbre \(audio\)", "sounds", {"audio": b"x"}),
         (r"no view of modality 'text'; .* it has: image \(image\), sound \(audio\)", "heard", {"text": "a"}),
-        (r"no view 'caption'; allowed: via=image \| sound", "heard", {"text": "a", "via": "caption"}),
-        (r"via='image' reads image, not audio", "heard", {"audio": b"x", "via": "image"}),
-        (r"image= takes a path or bytes or a PIL image, not int", "heard", {"image": 3}),
+        (r"via 'caption': index 'heard' has no such view; allowed: image, sound", "heard", {"text": "a", "via": "caption"}),
+        (r"via 'image': this view reads image, not audio", "heard", {"audio": b"x", "via": "image"}),
+        (r"image takes a path or bytes or a PIL image, not int", "heard", {"image": 3}),
         (r"k is 0: ask for at least 1", "heard", {"vector": vector, "k": 0}),
         (r"at least 1", "heard", {"vector": vector, "k": -1, "where": "label = 'hexagon'"}),
         (rf"vector of shape \({dim + 1},\): space 'heard' has vectors of \[{dim}\]", "heard", {"vector": np.ones(dim + 1)}),
@@ -234,14 +234,31 @@ def test_a_query_that_cannot_be_answered_says_what_can(store: FeatureStore) -> N
         (r"view 'sound' has vectors of \[128\], all finite", "heard", {"vector": vector, "via": "sound"}),
         (r"all finite", "heard", {"vector": np.full(dim, np.nan)}),
         (r"all finite", "heard", {"vector": np.full(dim, np.inf)}),
-        (r"modality='smell' is not allowed; one of: text, image, audio", "heard", {"vector": vector, "modality": "smell"}),
+        (r"modality 'smell' is not allowed; one of: text, image, audio", "heard", {"vector": vector, "modality": "smell"}),
         (r"as_of: 'soon' is not a time; allowed: ISO 8601", "heard", {"vector": vector, "as_of": "soon"}),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=told):
             store.search(index, **query)
     with pytest.raises(NotFound, match=r"no index 'nose' in .*; it has: heard, seen, sounds"):
         store.search("nose", text="a")
-    with pytest.raises(DecodeError, match=r"empty: "):
+    with pytest.raises(NotFound, match=r"no training set 'nose' in .*; it has: \w+"):
+        store.training_set("nose")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture"])
+def test_a_file_that_is_no_query_is_named(store: FeatureStore, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "query.png"
+    if content is None:
+        with pytest.raises(InputError, match=rf"^image '{path}' cannot be read: No such file or directory; correct"):
+            store.search("seen", image=path)
+        return
+    path.write_bytes(content)
+    told = "unsupported_format" if content else "empty"
+    with pytest.raises(InputError, match=rf"^image '{path}' cannot be searched by: {told}: .*; give another image"):
+        store.search("seen", image=path)
+    with pytest.raises(InputError, match=rf"^the image given cannot be searched by: {told}: "):
+        store.search("seen", image=content)
+    with pytest.raises(InputError, match=r"^text '   ' cannot be searched by: empty: "):
         store.search("seen", text="   ")
 
 

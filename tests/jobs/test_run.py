@@ -166,7 +166,7 @@ def test_samples_that_left_the_source_stay_and_are_told(copy: Made) -> None:
     loaded = load(copy.spec)
     first = plan.steps(loaded, plan.open_catalog(loaded.store))[0]
     assert first.state == plan.FRESH
-    assert "5 stored samples are no longer in the source and stay" in first.why
+    assert "no longer in the source, and kept: 5 samples" in first.why
     assert run(copy.spec)[0] == set()
 
 
