@@ -166,8 +166,12 @@ def steps(spec: Spec, snapshot: Snapshot) -> list[Step]:
 
 def unlisted(spec: Spec, snapshot: Snapshot) -> list[str]:
     """What the store holds of the spec's corpus and the spec does not name: `view old`. Nothing deletes it."""
-    sections = (spec.views, spec.spaces, spec.indexes, spec.training_sets)
-    listed = dict(zip((VIEW, *builds.BUILDS), map(set, sections), strict=True))
+    listed: dict[str, set[str]] = {
+        VIEW: {*spec.views},
+        builds.SPACE: {*spec.spaces},
+        builds.INDEX: {*spec.indexes},
+        builds.TRAINING: {*spec.training_sets},
+    }
     found = []
     for kind, names in listed.items():
         for name in snapshot.names(kind):

@@ -35,7 +35,7 @@ def track(console: Console, label: str, total: int | None, done: Callable[[], in
         with Progress(*columns, console=console, transient=True) as bar, _polling(bar, label, total, done):
             yield
     else:
-        console.print(f"{label}: started{f', {counted(total, "sample")}' if total else ''}")
+        console.print(f"{label}: started" + (f", {counted(total, 'sample')}" if total else ""))
         yield
     seconds = time.monotonic() - begun
     rate = f", {total / seconds:,.0f} samples/s" if total and seconds > 0 else ""
