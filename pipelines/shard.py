@@ -130,8 +130,8 @@ def _name_duplicate(source: Source, suspects: set[int]) -> None:
         first = places.setdefault(reference.id, reference)
         if first is not reference:
             raise InputError(
-                f"id {reference.id!r} stands twice: at byte {first.offset} of {first.uri} and at byte {reference.offset} "
-                f"of {reference.uri}; ids must be unique in a corpus, so rename or remove one"
+                f"id {reference.id!r} stands twice: {source.place(first)} and {source.place(reference)}; ids must be "
+                "unique in a corpus, so rename or remove one"
             )
 
 

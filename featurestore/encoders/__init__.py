@@ -177,13 +177,22 @@ def find(key: str, options: Mapping[str, Any] | None = None) -> BaseEncoder:
 
 
 def _option_errors(key: str, options: type[EncoderOptions], error: ValidationError) -> str:
-    allowed = "; ".join(
-        f"{name} ({field.description}; default {field.default})" for name, field in options.model_fields.items()
-    )
-    wrong = "; ".join(
-        f"option {'.'.join(map(str, found['loc']))!r} = {found['input']!r}: {found['msg']}" for found in error.errors()
-    )
-    return f"encoder {key!r}: {wrong}. Allowed: {allowed}"
+    known = options.model_json_schema()["properties"]
+    wrong = []
+    for found in error.errors():
+        name, value = str(found["loc"][0]), repr(found["input"])
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        told = f"does not exist{hint}" if found["type"] == "extra_forbidden" else "is not allowed"
+        wrong.append(f"option {name!r} = {value if len(value) <= 80 else value[:76] + ' ...'} {told}")
+    allowed = "; ".join(f"{name} ({_what_it_takes(about)})" for name, about in known.items())
+    return f"encoder {key!r}: {'; '.join(wrong)}; allowed: {allowed}"
+
+
+def _what_it_takes(about: Mapping[str, Any]) -> str:
+    """An option's type, range, meaning and default, from its JSON schema."""
+    limits = [f"{word} {about[name]}" for word, name in (("from", "minimum"), ("to", "maximum")) if name in about]
+    return f"{' '.join([about['type'], *limits])}, default {about['default']}: {about['description']}"
 
 
 def package_file(package: str, *parts: str) -> Path:

@@ -64,6 +64,10 @@ class Source(Protocol):
         """Names of all columns of the samples that `references()` has read so far."""
         ...
 
+    def place(self, reference: SampleRef) -> str:
+        """Where a person finds a sample: its file and line, or the like. May read the source once."""
+        ...
+
     def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
         """The samples of some references, in the order given."""
         ...

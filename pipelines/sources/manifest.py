@@ -1,9 +1,11 @@
 """Manifests: JSON Lines, one sample a line, with paths or inline text per field, plus labels and columns.
 
-Paths are relative to the manifest's own folder, or absolute, or URIs. `null`, an absent key and `""` mean that the value is
-absent. Bytes that are not UTF-8 spoil only the value they stand in: they reach quarantine as they are.
+A byte order mark is no part of it. Paths are relative to the manifest's own folder, or absolute, or URIs. `null`, an absent
+key and `""` mean that the value is absent. Bytes that are not UTF-8 spoil only the value they stand in: they reach
+quarantine as they are.
 """
 
+import codecs
 import hashlib
 import json
 import posixpath
@@ -77,13 +79,15 @@ class Manifest:
         self._folder = posixpath.dirname(self._path)
 
     def references(self) -> Iterator[SampleRef]:
-        """Every line as a reference; InputError names the line of one that is no JSON object or has no id."""
+        """Every line as a reference; InputError names the line of one that is no JSON object, has no id or no right time."""
         try:
             file = self._fs.open(self._path, "rb")
         except OSError as error:
-            raise InputError(f"manifest {self.uri} cannot be read: {error}; correct corpus.source.path") from error
+            why = error.strerror or error
+            raise InputError(f"manifest {self.uri} cannot be read: {why}; correct corpus.source.path") from error
         with file:
-            offset = 0
+            offset = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+            file.seek(offset)
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
                 where = f"{self.uri}, line {number}"
                 if len(line) > MAX_LINE_BYTES:
@@ -97,6 +101,7 @@ class Manifest:
     def _reference(self, line: bytes, offset: int, where: str) -> SampleRef:
         row = _parse(line, where)
         sample_id, group = self._id_and_group(row, where)
+        self._times(row, where)
         self._seen |= row.keys()
         if clash := sorted(self._reserved & row.keys()):
             raise InputError(
@@ -119,6 +124,9 @@ class Manifest:
         group = row.get(self._names.get("group", ""))
         return sample_id, check_id(group, f"{where}: group") if group is not None else sample_id
 
+    def _times(self, row: dict[str, Any], where: str) -> dict[str, int | None]:
+        return {name: timestamp_ns(row.get(self._names[name]), where) for name in TIMESTAMPS if name in self._names}
+
     def _stat(self, uri: str) -> tuple[int, str]:
         try:
             fs, path = _filesystem(uri)
@@ -131,23 +139,32 @@ class Manifest:
         """Names of all columns of the lines that `references()` has read so far."""
         return self._seen
 
+    def place(self, reference: SampleRef) -> str:
+        """The manifest and the line, counted by reading up to it."""
+        number, left = 1, reference.offset
+        with self._fs.open(self._path, "rb") as file:
+            while block := file.read(min(left, MAX_LINE_BYTES)):
+                number, left = number + block.count(b"\n"), left - len(block)
+        return f"{self.uri}, line {number}"
+
     def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
         """Reads the lines of some references again, in the order given."""
         with self._fs.open(self._path, "rb") as file:
             for reference in references:
                 file.seek(reference.offset)
                 where = f"{self.uri}, byte {reference.offset}"
-                row = _parse(file.read(reference.length), where)
-                sample_id, group = self._id_and_group(row, where)
+                try:
+                    row = _parse(file.read(reference.length), where)
+                    sample_id, group = self._id_and_group(row, where)
+                except InputError:
+                    sample_id = group = ""
                 if (sample_id, group) != (reference.id, reference.group):
                     raise InputError(
                         f"{where}: found {sample_id!r} where planning saw {reference.id!r}: the manifest changed "
                         "while the job ran; run it again"
                     )
                 columns = {name: _printable(value) for name, value in row.items() if name not in self._taken}
-                for name in TIMESTAMPS:
-                    if name in self._names:
-                        columns[name] = timestamp_ns(row.get(self._names[name]), where)
+                columns |= self._times(row, where)
                 yield Sample(sample_id, group, reference.etag, columns, self._values(row))
 
     def _values(self, row: dict[str, Any]) -> dict[str, Value | None]:
@@ -189,12 +206,13 @@ def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
+    text = line.decode("utf-8", "surrogateescape").strip()
+    mend = 'a manifest is JSON Lines in UTF-8, one object a line, e.g. {"id": "a/1", "file": "a/1.jpg"}'
+    if not text.startswith("{"):
+        shown = repr(text[:60].encode("utf-8", "replace").decode())
+        raise InputError(f"{where}: {shown} is no JSON object; {mend}; convert a CSV, a JSON array or UTF-16 first")
     try:
-        row = json.loads(line.decode("utf-8", "surrogateescape"))
+        row: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where}: not JSON: {error}; a manifest is JSON Lines, one object a line: correct the line"
-        ) from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: {str(row)[:60]!r} is not an object of columns; correct the line")
+        raise InputError(f"{where}: not JSON: {error}; {mend}: correct the line") from None
     return row

@@ -214,14 +214,16 @@ def test_what_encoders_share_is_no_encoder(shared: str) -> None:
 
 @every
 def test_an_unknown_option_names_what_is_allowed(key: str) -> None:
-    with pytest.raises(InputError, match=rf"encoder '{key}': option 'bach_size' = 3.*Allowed: batch_size \("):
+    told = rf"encoder '{key}': option 'bach_size' = 3 does not exist \(did you mean 'batch_size'\?\); allowed: .*batch_size \("
+    with pytest.raises(InputError, match=told):
         encoders.find(key, {"bach_size": 3})
 
 
 @every
 @pytest.mark.parametrize("size", [0, -1, "many", math.nan])
 def test_a_batch_size_out_of_range_is_refused(key: str, size: Any) -> None:
-    with pytest.raises(InputError, match="option 'batch_size'"):
+    told = rf"^encoder '{key}': option 'batch_size' = {size!r} is not allowed; allowed: .*batch_size \(integer from 1 to 4096"
+    with pytest.raises(InputError, match=told):
         encoders.find(key, {"batch_size": size})
 
 

@@ -1,0 +1,83 @@
+"""Manifests as people have them: what is read all the same, and where what is wrong is said to stand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featurestore.errors import InputError
+from pipelines import shard
+from pipelines.sources import Sample, open_source
+from pipelines.sources.manifest import Manifest
+
+ROWS = [{"id": f"s{n}", "title": f"é {n}", "added": f"2026-01-0{n + 1}"} for n in range(4)]
+BOM = b"\xef\xbb\xbf"
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def source_of(folder: Path, content: bytes) -> Manifest:
+    (folder / "m.jsonl").write_bytes(content)
+    fields = {"title": {"modality": "text", "from": "title", "read": "inline"}}
+    columns = {"id": "id", "group": None, "event_timestamp": "added"}
+    source = open_source(
+        {"source": {"type": "manifest", "path": f"{folder}/m.jsonl"}, "columns": columns, "fields": fields}
+    )
+    assert isinstance(source, Manifest)
+    return source
+
+
+def samples(source: Manifest) -> list[Sample]:
+    return list(source.samples(source.references()))
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\n \n"])
+def test_a_byte_order_mark_and_line_ends_are_no_part_of_a_sample(tmp_path: Path, newline: bytes) -> None:
+    plain = source_of(tmp_path, lines(ROWS))
+    expected = [(ref.id, ref.etag) for ref in plain.references()], [sample.columns for sample in samples(plain)]
+    marked = source_of(tmp_path, BOM + lines(ROWS).replace(b"\n", newline))
+    assert ([(ref.id, ref.etag) for ref in marked.references()], [each.columns for each in samples(marked)]) == expected
+    assert shard.scan(marked, {}).key == shard.scan(plain, {}).key
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"id,title\ns0,a\n", r"m\.jsonl, line 1: 'id,title' is no JSON object; .* JSON Lines .*convert a CSV"),
+        (BOM + b"id,title\n", r"line 1: 'id,title' is no JSON object"),
+        (b'[{"id": "s0"}]', r"line 1: '\[\{\"id\": \"s0\"\}\]' is no JSON object; .*a JSON array"),
+        (b"\xff\xfe" + '{"id": "s0"}'.encode("utf-16-le"), r"line 1: '\?\?\{.* is no JSON object; .*UTF-16 first"),
+        (lines(ROWS[:2]) + b'"s2"\n', r"line 3: '\"s2\"' is no JSON object"),
+        (lines(ROWS[:2]) + b'\n{"id": \n"s2"}', r"line 4: not JSON: .*one object a line.*: correct the line"),
+        (lines(ROWS) + b'{"id": 7}\n', r"line 5: id 7 is not a non-empty text"),
+        (lines(ROWS) + b'{"id": "s9", "added": "soon"}\n', r"line 5: 'soon' is not a time; allowed: ISO 8601"),
+    ],
+)
+def test_what_is_no_sample_is_told_by_its_line_when_the_source_is_scanned(
+    tmp_path: Path, content: bytes, told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        shard.scan(source_of(tmp_path, content), {})
+
+
+@pytest.mark.parametrize("mark", [b"", BOM])
+def test_a_sample_is_found_by_its_line(tmp_path: Path, mark: bytes) -> None:
+    source = source_of(tmp_path, mark + b"\n" + lines(ROWS[:2]) + b"\n\n" + lines(ROWS[2:]))
+    places = {ref.id: source.place(ref) for ref in source.references()}
+    assert places == {f"s{n}": f"{tmp_path}/m.jsonl, line {line}" for n, line in enumerate((2, 3, 6, 7))}
+
+
+def test_an_id_that_stands_twice_is_told_with_both_lines(tmp_path: Path) -> None:
+    source = source_of(tmp_path, BOM + lines([*ROWS, ROWS[1]]))
+    with pytest.raises(InputError, match=rf"id 's1' stands twice: {tmp_path}/m\.jsonl, line 2 and .*m\.jsonl, line 5;"):
+        shard.scan(source, {})
+
+
+def test_a_manifest_that_is_not_there_is_told_without_an_errno(tmp_path: Path) -> None:
+    source = source_of(tmp_path, b"")
+    (tmp_path / "m.jsonl").unlink()
+    with pytest.raises(InputError, match=r"m\.jsonl cannot be read: No such file or directory; correct corpus\.source"):
+        shard.scan(source, {})
