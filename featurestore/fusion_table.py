@@ -88,7 +88,7 @@ class _Test:
 
 
 def _run_split(views: Mapping[str, Floats], y: Ints, groups: Ints, n_classes: int, split: Split, seed: int) -> _Test:
-    rest, test = np.union1d(split.train, split.validation), split.test
+    rest, test = split
     known, unseen = ({name: x[rows] for name, x in views.items()} for rows in (rest, test))
     train = np.ones(len(rest), dtype=np.bool_)
     folds = fusion.group_folds([str(group) for group in groups[rest]], train, seed)

@@ -20,7 +20,6 @@ __all__ = [
     "GRID",
     "Head",
     "Standard",
-    "accuracy",
     "choose",
     "fit",
     "fit_path",
@@ -221,11 +220,6 @@ def temperature(scores: Floats, prior: Floats, y: Ints) -> float:
 def log_loss(log_probs: Floats, y: Ints) -> float:
     """Mean negative log-probability of the true classes."""
     return float(-np.mean(log_probs[np.arange(len(y)), y], dtype=np.float64)) if len(y) else 0.0
-
-
-def accuracy(log_probs: Floats, y: Ints) -> float:
-    """Share of the rows whose most probable class is the true one."""
-    return float(np.mean(np.equal(log_probs.argmax(axis=1), y)))
 
 
 def one_thread() -> AbstractContextManager[object]:

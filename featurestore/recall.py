@@ -86,7 +86,7 @@ def evaluate(
     key = labels(pairs.keys)
     figures: dict[str, list[dict[str, float]]] = {}
     for split in splits.repeated(pairs.groups, n_splits):
-        project_x, project_y = learn(pairs.take(np.sort(np.concatenate([split.train, split.validation]))))
+        project_x, project_y = learn(pairs.take(split.train))
         x, y = project_x.apply(pairs.x), project_y.apply(pairs.y)
         for direction, query, gallery in (("->".join(names), x, y), ("->".join(names[::-1]), y, x)):
             for where, rows in (("", split.test), ("corpus", np.arange(len(key)))):

@@ -25,7 +25,6 @@ class Split(NamedTuple):
     """Row numbers of one random split, each ascending; together they are every row once."""
 
     train: Rows
-    validation: Rows
     test: Rows
 
 
@@ -75,20 +74,15 @@ def assign(groups: Sequence[str], fractions: Mapping[str, float], seed: int) -> 
     return np.array([side[group] for group in groups], dtype=np.str_)
 
 
-def repeated(groups: Sequence[str], n_splits: int = 5, test: float = 0.2, validation: float = 0.2) -> list[Split]:
+def repeated(groups: Sequence[str], n_splits: int = 5, test: float = 0.2) -> list[Split]:
     """The random splits of the fixed protocol: seeds 0 to n_splits - 1, each by group.
 
     Args:
         groups: one group per row.
         n_splits: how many.
-        test: share of the rows that are held out.
-        validation: share of the REST on which hyperparameters are chosen.
+        test: share of the rows that are held out; what is chosen or fitted comes from the rest.
     """
-    fractions = {
-        "test": test,
-        "validation": (1 - test) * validation,
-        "train": (1 - test) * (1 - validation),
-    }
+    fractions = {"test": test, "train": 1 - test}
     sides = [assign(groups, fractions, seed) for seed in range(n_splits)]
     return [Split(*(np.flatnonzero(side == name) for name in Split._fields)) for side in sides]
 

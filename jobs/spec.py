@@ -5,7 +5,7 @@ Relative paths in it, of the store and of the source, are relative to the workin
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -196,15 +196,6 @@ class Spec(_Node):
         if name not in self.views:
             raise NotFound(f"the spec has no view {name!r}; it has: {', '.join(self.views) or 'none'}")
         return self.views[name]
-
-    def to_json(self) -> str:
-        """A text in the order of the spec, with every default written out."""
-        return self.model_dump_json(by_alias=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote."""
-        return cls.model_validate_json(text)
 
 
 def load(path: str | Path) -> Spec:
