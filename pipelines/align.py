@@ -12,14 +12,15 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from featurestore import artefact, builds, indexes, recall, spaces
-from featurestore.catalog import Catalog, Entry, Snapshot
+from featurestore import builds, indexes, recall, spaces
+from featurestore.catalog import Catalog, Snapshot
 from featurestore.errors import InputError
 from featurestore.heads import one_thread
 from featurestore.identity import hash64
 from featurestore.storage import Storage
 from featurestore.views import View
-from pipelines.runner import Commit, Job, Result, Scope, result
+from pipelines.publish import card_bytes, place_build
+from pipelines.runner import Commit, Job, Result, Scope
 
 MAX_PAIRS = 100_000
 FEW_PAIRS = 300
@@ -91,45 +92,13 @@ def fit(storage: Storage, build: builds.Build, version: int) -> Result:
         "chosen": dict(space.card),
         "recall": measured,
     }
-    lineage = json.dumps({"settings": build.settings}, sort_keys=True)
-    return place_build(storage, build, {"space.safetensors": space.to_bytes(), "card.json": card_bytes(card)}, lineage)
+    return place_build(storage, build, {"space.safetensors": space.to_bytes(), "card.json": card_bytes(card)})
 
 
 def _indexed(gallery: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     """Search through an index of the kind that would be served, for the recall beside that of exact search."""
     index = indexes.build(gallery, indexes.choose_factory(len(gallery), gallery.shape[1], recall=0.95), seed=0)
     return indexes.search(index, queries, k)[1]
-
-
-def card_bytes(card: dict[str, Any]) -> bytes:
-    """A card as JSON; figures rounded to 6 places, no clocks."""
-    return json.dumps(_rounded(card), indent=1, sort_keys=True, ensure_ascii=False).encode()
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float | np.floating):
-        return round(float(value), 6)
-    if isinstance(value, dict):
-        return {str(key): _rounded(each) for key, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def place_build(
-    storage: Storage, build: builds.Build, files: dict[str, bytes], lineage: str, rows: dict[str, int] | None = None
-) -> Result:
-    """Places a build's small files and returns their entries; `rows` where a file has rows to count."""
-    entries = []
-    for name, content in sorted(files.items()):
-        stem, _, ext = name.partition(".")
-        placed = artefact.place_bytes(storage, content, f"{build.stem}/{stem}", f".{ext}")
-        entries.append(build_entry(build, stem, placed, (rows or {}).get(name, 0), lineage))
-    return result(build.key, entries)
-
-
-def build_entry(build: builds.Build, shard: str, placed: artefact.Placed, rows: int, lineage: str) -> Entry:
-    """The catalog's entry of one file of a build."""
-    path, size, sha256 = placed
-    return Entry(build.kind, build.name, build.key, shard, path, rows, size, sha256, lineage=lineage)
 
 
 def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> None:

@@ -21,7 +21,7 @@ from featurestore.errors import InputError
 from featurestore.fusion_table import fusion_table
 from featurestore.storage import Storage
 from featurestore.views import View
-from pipelines.align import build_entry, card_bytes
+from pipelines.publish import build_entry, card_bytes
 from pipelines.runner import Commit, Job, Result, Scope, result
 
 ROWS_PER_FILE = 10_000
@@ -103,7 +103,6 @@ def _weights(y: np.ndarray, folds: np.ndarray) -> np.ndarray:
 
 
 def _place(storage: Storage, build: builds.Build, table: pa.Table, card: dict[str, Any]) -> list[Entry]:
-    lineage = json.dumps({"settings": build.settings}, sort_keys=True)
     entries = []
     with storage.scratch() as folder:
         for side in build.settings["splits"]:
@@ -112,9 +111,9 @@ def _place(storage: Storage, build: builds.Build, table: pa.Table, card: dict[st
                 # A Parquet file and its tar follow each other and hold the same rows.
                 count = min(ROWS_PER_FILE, len(rows) - number // 2 * ROWS_PER_FILE)
                 placed = artefact.place(storage, path, f"{build.stem}/{Path(path).stem}")
-                entries.append(build_entry(build, path.name, placed, count, lineage))
+                entries.append(build_entry(build, path.name, placed, count))
     placed = artefact.place_bytes(storage, card_bytes(card), f"{build.stem}/card", ".json")
-    return [*entries, build_entry(build, "card", placed, 0, lineage)]
+    return [*entries, build_entry(build, "card", placed)]
 
 
 def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> None:

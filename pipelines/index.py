@@ -18,7 +18,7 @@ from featurestore.identity import DIGEST_BYTES, hash64, row_digest
 from featurestore.search import read_space
 from featurestore.storage import Storage
 from featurestore.views import View
-from pipelines.align import build_entry, card_bytes
+from pipelines.publish import build_entry, card_bytes
 from pipelines.runner import Commit, Job, Result, Scope, result
 
 SEED = 0
@@ -74,7 +74,6 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
         "dim": space.dim,
         "tuned": tuned._asdict() if tuned else "exact search: nothing to tune, recall against exact search is 1",
     }
-    lineage = json.dumps({"settings": build.settings}, sort_keys=True)
     footer = {"kind": build.kind, "name": build.name, "recipe": build.key, "rows": len(rows)}
     placed = {
         "index": artefact.place_bytes(storage, indexes.serialise(index), f"{build.stem}/index", ".faiss"),
@@ -82,7 +81,7 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
         "card": artefact.place_bytes(storage, card_bytes(card), f"{build.stem}/card", ".json"),
     }
     count = {"index": len(rows), "rows": len(rows), "card": 0}
-    return result(build.key, [build_entry(build, name, each, count[name], lineage) for name, each in placed.items()])
+    return result(build.key, [build_entry(build, name, each, count[name]) for name, each in placed.items()])
 
 
 def _rows(view: View, present: np.ndarray, vectors: np.ndarray) -> pa.Table:

@@ -1,7 +1,6 @@
 """A small whole store to break, ways to break it, and what its readers may return once it is broken."""
 
 import io
-import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from featurestore.errors import NotFound, StoreError
 from featurestore.storage import Storage
 from featurestore.views import VIEW, View
 from pipelines import align, encode, fuse, index, runner, shard
+from pipelines.publish import card_bytes, place_build
 from pipelines.sources import open_source
 from tests.planted import SHARD_ROWS, write_planted
 
@@ -73,11 +73,10 @@ def build_index(storage: Storage) -> None:
     found = align.pairs(snapshot, [*VIEWS], None)
     projections = dict(zip(VIEWS, spaces.fit_cca(found.x, found.y, 8, (1.0, 1.0), 1.0), strict=True))
     space = spaces.Space("heard", "cca", 8, projections, {})
-    files = {"space.safetensors": space.to_bytes(), "card.json": align.card_bytes({"name": "heard"})}
-    lineage = json.dumps({"settings": settings}, sort_keys=True)
+    files = {"space.safetensors": space.to_bytes(), "card.json": card_bytes({"name": "heard"})}
     publish(
         storage,
-        [align.place_build(storage, planned, files, lineage)],
+        [place_build(storage, planned, files)],
         [runner.Scope(*planned[:2], planned.key)],
         whole=True,
     )

@@ -77,11 +77,14 @@ def test_a_damaged_view_shard_is_mended_alone(store: Broken, fault: str) -> None
     found = verify(store.storage).findings
     assert {SPACE, INDEX, TRAINING} - {each.kind for each in found} <= {SPACE}
     mends = {each.mend for each in found if each.kind == VIEW}
-    assert mends == {
-        "gone": {"`braid run` makes it again"},
-        "changed": {f"delete {entry.path}, and `braid run` makes it again"},
-        "not named": {"`braid run` encodes it"},
-    }[fault]
+    assert (
+        mends
+        == {
+            "gone": {"`braid run` makes it again"},
+            "changed": {f"delete {entry.path}, and `braid run` makes it again"},
+            "not named": {"`braid run` encodes it"},
+        }[fault]
+    )
     others = {each.mend for each in found if each.kind != VIEW}
     assert others
     assert all("that first" in mend or "completes what it is made from" in mend for mend in others), others
