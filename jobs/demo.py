@@ -26,7 +26,7 @@ from featurestore.search import Hits
 from featurestore.store import FeatureStore
 from featurestore.views import View
 from jobs import spec as specs
-from jobs.report import field_counts
+from jobs.report import counted, field_counts
 
 WIDTH = 130
 RAW_SECONDS = 4.0
@@ -60,22 +60,27 @@ def main() -> None:
     searches(console, store)
     report["recomputed"] = [f"{step['stage']} {step['name']}" for step in steps]
     report["seconds"] = round(sum(step["seconds"] for step in steps) + time.monotonic() - begun, 1)
-    console.print(f"\n{len(steps)} steps computed; {report['seconds']} s in all; figures in {args.out}")
+    console.print(f"\n{counted(len(steps), 'step')} computed; {report['seconds']} s in all; figures in {args.out}")
     args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
-def encode_rates(
-    store: FeatureStore, steps: list[dict[str, Any]], before: dict[str, Any]
-) -> dict[str, dict[str, float]]:
-    """Values per second of each view's encode job, beside the bare encoder's; of an earlier run where none ran now."""
-    rates = {}
+Rates = dict[str, float | None]
+NOT_MEASURED: Rates = {"rate": None, "raw_rate": None}
+
+
+def encode_rates(store: FeatureStore, steps: list[dict[str, Any]], before: dict[str, Rates]) -> dict[str, Rates]:
+    """Values per second of each view's encode job, beside the bare encoder's.
+
+    Of an earlier run where none ran now; None where no run is known that measured it.
+    """
+    rates: dict[str, Rates] = {}
     ran = {step["name"]: step for step in steps if step["stage"] == "encode" and step["span_s"]}
     for name in store.views():
         if name in ran:
             rate = ran[name]["values"] / ran[name]["span_s"]
             rates[name] = {"rate": round(rate, 1), "raw_rate": round(raw_rate(store.view(name)), 1)}
-        elif name in before:
-            rates[name] = before[name]
+        else:
+            rates[name] = before.get(name, NOT_MEASURED)
     return rates
 
 
@@ -127,15 +132,17 @@ def fusion(store: FeatureStore) -> dict[str, Any]:
 
 def show(console: Console, report: dict[str, Any]) -> None:
     """Prints the figures as tables."""
-    console.print(f"\n{report['samples']} samples")
+    console.print(f"\n{counted(report['samples'], 'sample')}")
     table = _table("field", "present", "missing", "quarantined", "sum")
     for field, counts in report["fields"].items():
         table.add_row(field, *(str(count) for count in counts.values()), str(sum(counts.values())))
     console.print(table)
     table = _table("encode", "values/s", "bare forward/s")
     for view, rates in report["encode"].items():
-        table.add_row(view, f"{rates['rate']:.1f}", f"{rates['raw_rate']:.1f}")
+        table.add_row(view, *("-" if rate is None else f"{rate:.1f}" for rate in rates.values()))
     console.print(table)
+    if unknown := [view for view, rates in report["encode"].items() if rates["rate"] is None]:
+        console.print(f"not measured: {', '.join(unknown)} (encoded before this run, and no earlier report is there)")
     console.print("recall on held-out groups: gallery = the test samples (whole = all samples that have both)")
     table = _table(
         "query → hit", "R@1", "R@5", "R@10", "sd", "chance@10", "exact@10", "n", "splits", "whole R@10", "chance"
