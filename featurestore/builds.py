@@ -73,11 +73,13 @@ def _inputs(snapshot: Snapshot, kind: str, settings: dict[str, Any]) -> list[str
     if kind == INDEX:
         space = snapshot.entries(SPACE, settings["space"])
         if not space:
-            raise NotFound(f"space {settings['space']!r} is not there yet")
+            raise NotFound(f"space {settings['space']!r} is not there yet; `braid align` makes it")
         inputs += [entry.sha256 for entry in space if entry.shard == "space"]
     for view in settings["views"]:
         entries = snapshot.entries(VIEW, view)
         if {(e.shard, e.input_sha256) for e in entries} != {(s.shard, s.sha256) for s in shards} or not entries:
-            raise NotFound(f"view {view!r} does not cover corpus {settings['corpus']!r} yet")
+            raise NotFound(
+                f"view {view!r} does not cover corpus {settings['corpus']!r} yet; `braid encode` completes it"
+            )
         inputs += [entry.sha256 for entry in entries]
     return inputs

@@ -208,7 +208,8 @@ def load(path: str | Path) -> Spec:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise SpecError(f"{path}: cannot read the spec: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise SpecError(f"{path}: cannot read the spec: {why}; correct the path") from error
     try:
         return parse(raw.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:

@@ -113,7 +113,7 @@ def test_a_bad_spec_lists_every_mistake_with_its_line_before_anything_runs(
 
 
 def test_a_spec_or_a_store_that_is_not_there_is_told(braid: Braid, tmp_path: Path) -> None:
-    refused(braid("run", tmp_path / "none.yaml"), 2, r"none\.yaml: cannot read the spec")
+    refused(braid("run", tmp_path / "none.yaml"), 2, r"none\.yaml: cannot read the spec: No such file or directory; ")
     refused(braid("status", tmp_path / "none"), 2, r"none holds no Braid store; `braid run SPEC` makes one")
 
 
