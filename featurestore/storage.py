@@ -374,9 +374,8 @@ def _checked_key(key: str) -> str:
 
 
 def _place(source: Path, target: Path) -> None:
-    """Rename `source` to `target` with its bytes safely on disk."""
-    with open(source, "rb") as file:
-        os.fsync(file.fileno())
+    """Rename `source` to `target` with its bytes and then its name safely on disk: what names it comes after."""
+    _sync(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(source, target)
@@ -386,6 +385,16 @@ def _place(source: Path, target: Path) -> None:
         raise StoreError(
             f"{target.parent} is on another disk than the store's {SCRATCH}: keep a store on one"
         ) from error
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _walk(folder: str) -> dict[str, int]:

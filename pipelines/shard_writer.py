@@ -5,6 +5,7 @@ A shard is done when its rows are there: they name the tar, and its footer says 
 
 import hashlib
 import json
+import os
 import tarfile
 from collections import deque
 from collections.abc import Iterator
@@ -31,7 +32,21 @@ _FETCH_AHEAD = 64
 _FETCH_AHEAD_BYTES = 64 << 20
 """Samples are fetched ahead of the tar up to so many and so many bytes, and at least one."""
 
-Raw = bytes | DecodeError | None
+_HASH_ASIDE_BYTES = 256 << 10
+"""A piece of a tar as large as this is worth handing to another thread."""
+
+_WRITEBACK_BYTES = 8 << 20
+"""After so many bytes each the kernel begins to write the tar to the disk, so that its fsync finds most of it there."""
+
+
+class Fetched(NamedTuple):
+    """A fetched value and its `input_digest`."""
+
+    raw: bytes
+    digest: bytes
+
+
+Fetch = Fetched | DecodeError | None
 """A fetched value, why it was rejected, or None where the source has none."""
 
 
@@ -162,10 +177,10 @@ class ShardWriter:
         samples, members, rejected = [], [], []
         for sample, values in self._fetch(references):
             row = {}
-            for field, (value, raw) in values.items():
-                row[field] = self._member(sample.id, field, value, raw, tar)
-                if isinstance(raw, DecodeError) and value is not None:
-                    rejected.append(rejection(sample.id, field, "shard", raw, value.source))
+            for field, (value, fetched) in values.items():
+                row[field] = self._member(sample.id, field, value, fetched, tar)
+                if isinstance(fetched, DecodeError) and value is not None:
+                    rejected.append(rejection(sample.id, field, "shard", fetched, value.source))
             samples.append(sample)
             members.append(row)
         return samples, members, rejected
@@ -175,20 +190,21 @@ class ShardWriter:
         sample_id: str,
         field: str,
         value: Value | None,
-        raw: Raw,
+        fetched: Fetch,
         tar: "_TarWriter",
     ) -> dict[str, Any]:
         source = value.source if value is not None else None
-        if raw is None or isinstance(raw, DecodeError):
-            reason = "absent" if raw is None else raw.reason
+        if fetched is None or isinstance(fetched, DecodeError):
+            reason = "absent" if fetched is None else fetched.reason
             return {"present": False, "miss_reason": reason, "source": source}
+        raw, digest = fetched
         ext = _extension(self.corpus["fields"][field]["modality"], raw)
         offset = tar.add(member_header(sample_id, field, ext, len(raw)), raw)
         return {
-            "present": True, "offset": offset, "size": len(raw), "digest": input_digest(raw), "ext": ext, "source": source,
+            "present": True, "offset": offset, "size": len(raw), "digest": digest, "ext": ext, "source": source,
         }  # fmt: skip
 
-    def _fetch(self, references: list[SampleRef]) -> Iterator[tuple[Sample, dict[str, tuple[Value | None, Raw]]]]:
+    def _fetch(self, references: list[SampleRef]) -> Iterator[tuple[Sample, dict[str, tuple[Value | None, Fetch]]]]:
         """Samples with their raw values, in order; fetched ahead in threads."""
         waiting: deque[tuple[Sample, int, Future[Any]]] = deque()
         ahead = 0
@@ -203,14 +219,14 @@ class ShardWriter:
             for first, _, values in waiting:
                 yield first, values.result()
 
-    def _fetch_one(self, sample: Sample) -> dict[str, tuple[Value | None, Raw]]:
+    def _fetch_one(self, sample: Sample) -> dict[str, tuple[Value | None, Fetch]]:
         return {
             field: (value, self._checked(field, value) if value is not None else None)
             for field, value in sample.values.items()
         }
 
-    def _checked(self, field: str, value: Value) -> bytes | DecodeError:
-        """The raw value, or why it is rejected already here: what needs no decoder, and what no view would ever decode."""
+    def _checked(self, field: str, value: Value) -> Fetched | DecodeError:
+        """The value, or why it is rejected already here: what needs no decoder, and what no view would ever decode."""
         try:
             raw = value.fetch()
             if not raw:
@@ -224,7 +240,7 @@ class ShardWriter:
             return DecodeError("invalid_utf8", f"{value.source}: {error}")
         except DecodeError as error:
             return error
-        return raw
+        return Fetched(raw, input_digest(raw))
 
 
 def _extension(modality: str, raw: bytes) -> str:
@@ -268,21 +284,25 @@ def _events(table: pa.Table) -> tuple[int | None, int | None]:
 
 
 class _TarWriter:
-    """Writes a tar whose bytes depend on its members alone, and hashes it on the way."""
+    """Writes a tar whose bytes depend on its members alone, and hashes it on the way.
+
+    A large piece is hashed in a thread of its own while it is written, one piece at a time: no more of the tar is in memory.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._digest, self._size = path, hashlib.sha256(), 0
+        self._path, self._digest, self._size, self._begun = path, hashlib.sha256(), 0, 0
         self.sha256 = ""
 
     def __enter__(self) -> "_TarWriter":
         self._file = self._path.open("wb")
+        self._hasher = ThreadPoolExecutor(1)
         return self
 
     def __exit__(self, *error: object) -> None:
         # Two empty blocks, filled up to a record: the end of a tar.
         end = 2 * tarfile.BLOCKSIZE
-        self._write(bytes(end + -(self._size + end) % tarfile.RECORDSIZE))
-        self._file.close()
+        with self._file, self._hasher:
+            self._write(bytes(end + -(self._size + end) % tarfile.RECORDSIZE))
         self.sha256 = self._digest.hexdigest()
 
     def add(self, header: bytes, raw: bytes) -> int:
@@ -291,9 +311,22 @@ class _TarWriter:
         offset = self._size
         self._write(raw)
         self._write(bytes(-len(raw) % tarfile.BLOCKSIZE))
+        if self._size - self._begun >= _WRITEBACK_BYTES:
+            self._begin_writeback()
         return offset
 
     def _write(self, data: bytes) -> None:
-        self._digest.update(data)
-        self._file.write(data)
+        if len(data) < _HASH_ASIDE_BYTES:
+            self._digest.update(data)
+            self._file.write(data)
+        else:
+            hashing = self._hasher.submit(self._digest.update, data)
+            self._file.write(data)
+            hashing.result()
         self._size += len(data)
+
+    def _begin_writeback(self) -> None:
+        # Linux begins to write what is dirty in the range, without waiting; only pages that are on the disk it drops.
+        self._file.flush()
+        os.posix_fadvise(self._file.fileno(), self._begun, self._size - self._begun, os.POSIX_FADV_DONTNEED)
+        self._begun = self._size

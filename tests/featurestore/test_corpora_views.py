@@ -1,6 +1,5 @@
 """Reading a corpus and a view; what they do when a store is broken is in tests/faults."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +67,7 @@ def test_a_value_is_what_the_source_had_and_missing_ones_are_none(corpus: Corpus
             assert (raw is None) == (member["miss_reason"] is not None)
             if raw is not None:
                 assert raw.decode().startswith("A ")
-                assert hashlib.sha256(raw).digest()[:8] == input_digest(raw) == member["digest"]
+                assert input_digest(raw) == member["digest"]
     assert present + missing == corpus.rows
     assert missing >= 3
 

@@ -108,6 +108,15 @@ def test_the_ids_digest_is_over_lengths_and_utf8_bytes() -> None:
     assert ids_sha256(["ab", "c"]) != ids_sha256(["a", "bc"])
 
 
+@pytest.mark.parametrize(
+    ("raw", "digest"),
+    [(b"", "af1349b9f5f9a1a6"), (bytes(number % 251 for number in range(102400)), "bc3e3d41a1146b06")],
+)
+def test_an_input_digest_is_the_first_bytes_of_the_blake3(raw: bytes, digest: str) -> None:
+    """Stores hold them. The values are those of BLAKE3's own test vectors, for 0 and 102,400 bytes."""
+    assert input_digest(raw).hex() == digest
+
+
 def test_a_row_digest_changes_with_the_id_the_value_and_the_vector() -> None:
     value = input_digest(b"raw")
     digests = {

@@ -181,6 +181,29 @@ def test_a_file_from_outside_is_copied_and_one_of_scratch_is_moved(tmp_path: Pat
     assert store.list() == {"a": 1, "b": 1}
 
 
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_put_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A catalog that names it afterwards never names what a power cut took."""
+    storage, steps = Storage.of(tmp_path / "store"), []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        steps.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        steps.append(("rename", str(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with storage.scratch() as folder:
+        (folder / "a").write_bytes(b"one")
+        storage.put(folder / "a", "x/a")
+    assert steps == [("fsync", f"{folder}/a"), ("rename", f"{folder}/a"), ("fsync", f"{tmp_path}/store/x")]
+
+
 def test_scratch_goes_away_also_after_an_error(store: Storage) -> None:
     with pytest.raises(ZeroDivisionError), store.scratch() as folder:
         _ = (folder / "half").write_bytes(b"x") / 0

@@ -14,7 +14,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from featurestore import artefact
 from featurestore.catalog import Catalog, Snapshot
-from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
+from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus, member_header
 from featurestore.errors import BudgetExceeded, InputError
 from featurestore.identity import from_tar_key
 from featurestore.storage import Storage
@@ -113,6 +113,22 @@ def test_a_tar_is_what_pythons_own_writer_makes_of_its_members(snapshot: Snapsho
                 assert (info.mtime, info.uid, info.uname, info.mode) == (0, 0, "", 0o644)
                 made.addfile(member, tar.extractfile(info))
         assert again.getvalue() == content
+
+
+@pytest.mark.parametrize("sizes", [(), (1, 0, 511), (9 << 20, 3, (256 << 10) - 1, 256 << 10, 5 << 20)])
+def test_a_tar_of_large_values_is_hashed_as_it_is_written(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """Large pieces are hashed in a thread of their own, beside the write."""
+    path, values = tmp_path / "shard.tar", [bytes([number + 1]) * size for number, size in enumerate(sizes)]
+    with shard_writer._TarWriter(path) as tar:
+        headers = [member_header(f"id/{number}", "image", "bin", len(raw)) for number, raw in enumerate(values)]
+        offsets = [tar.add(header, raw) for header, raw in zip(headers, values, strict=True)]
+    assert tar.sha256 == artefact.file_sha256(path)
+    content = path.read_bytes()
+    assert len(content) % tarfile.RECORDSIZE == 0
+    for offset, raw in zip(offsets, values, strict=True):
+        assert content[offset : offset + len(raw)] == raw
+    with tarfile.open(path) as written:
+        assert [written.extractfile(each).read() for each in written] == values  # type: ignore[union-attr]
 
 
 def test_what_is_rejected_stands_in_quarantine_with_its_reason(snapshot: Snapshot) -> None:
