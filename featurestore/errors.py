@@ -9,6 +9,7 @@ __all__ = [
     "BudgetExceeded",
     "DecodeError",
     "InputError",
+    "JobError",
     "MissingExtra",
     "NotFound",
     "SpecError",
@@ -42,6 +43,10 @@ class AlignmentError(StoreError):
 
 class BudgetExceeded(BraidError):
     """More values were rejected than the spec's failure budget allows: read quarantine/, mend or raise it."""
+
+
+class JobError(BraidError):
+    """The engine refused a job, or ended it: nothing of it was published. Mend what it says, and run it again."""
 
 
 class MissingExtra(BraidError):

@@ -4,9 +4,11 @@ Relative paths in it, of the store and of the source, are relative to the workin
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import fsspec
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -28,6 +30,7 @@ __all__ = [
     "CorpusSpec",
     "FieldSpec",
     "IndexSpec",
+    "ResourcesSpec",
     "SourceSpec",
     "SpaceSpec",
     "Spec",
@@ -127,12 +130,48 @@ class CorpusSpec(_Node):
     failure_budget: Annotated[float, BeforeValidator(_fraction)] = 0.01
 
 
+class ResourcesSpec(_Node):
+    """What the machines that encode a view shall be, where the runner rents them: it changes no byte of what they make."""
+
+    accelerator: Text | None = None
+    min_ram: Text | None = None
+    workers: int | None = Field(default=None, ge=1, le=4000)
+    machine_type: Text | None = None
+    image: Text | None = None
+
+    @field_validator("accelerator", "machine_type")
+    @classmethod
+    def _one_word(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch("[a-z][a-z0-9-]*", value):
+            raise ValueError("write the type's name alone, like nvidia-l4 or g2-standard-8; a worker has one GPU")
+        return value
+
+    @field_validator("min_ram")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9]\d*([MGT]i?B)", value):
+            raise ValueError("write a whole number and its unit: MB, GB, TB, MiB, GiB or TiB, like 16GB")
+        return value
+
+    @field_validator("image")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(
+            r"[\w.-]+(:\d+)?(/[\w.-]+)+(:[\w.-]+)?(@sha256:[0-9a-f]{64})?", value
+        ):
+            raise ValueError(
+                "write the address of a container image, like europe-docker.pkg.dev/project/braid/worker-gpu:1"
+            )
+        return value
+
+
 class ViewSpec(_Node):
     """A view: one encoder over one field."""
 
     field: Text
     encoder: Text
     options: dict[Text, Any] = {}
+    resources: ResourcesSpec = ResourcesSpec()
 
 
 class SpaceSpec(_Node):
@@ -199,15 +238,15 @@ class Spec(_Node):
 
 
 def load(path: str | Path) -> Spec:
-    """Read and check a spec.
+    """Read and check a spec: a file's, or an object's at s3://… or gs://….
 
     Raises:
         SpecError: its text lists all mistakes, by line.
     """
     try:
-        with open(path, "rb") as file:
+        with fsspec.open(str(path), "rb") if "://" in str(path) else open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         why = getattr(error, "strerror", None) or error
         raise SpecError(f"{path}: cannot read the spec: {why}; correct the path") from error
     try:

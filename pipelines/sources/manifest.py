@@ -7,6 +7,7 @@ quarantine as they are.
 
 import codecs
 import hashlib
+import io
 import json
 import posixpath
 from collections.abc import Iterable, Iterator
@@ -81,7 +82,8 @@ class Manifest:
     def references(self) -> Iterator[SampleRef]:
         """Every line as a reference; InputError names the line of one that is no JSON object, has no id or no right time."""
         try:
-            file = self._fs.open(self._path, "rb")
+            # Buffered, because an object store's files have no `readline` with a limit.
+            file = io.BufferedReader(self._fs.open(self._path, "rb"))
         except OSError as error:
             why = error.strerror or error
             raise InputError(f"manifest {self.uri} cannot be read: {why}; correct corpus.source.path") from error

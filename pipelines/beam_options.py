@@ -1,0 +1,61 @@
+"""Beam's own options, as they stand after `--` on the command line: read strictly, where Beam drops what it does not know."""
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from featurestore.errors import InputError, MissingExtra
+
+FORWARDING = ("PortableRunner", "FlinkRunner", "SparkRunner", "PrismRunner")
+"""Runners with a job server, which has options of its own that Beam's Python does not know."""
+
+
+def given(args: Sequence[str]) -> dict[str, Any]:
+    """Name -> value of the options that differ from Beam's defaults.
+
+    Raises:
+        InputError: an option that nobody knows, a value that its option does not take, or a word that belongs to none.
+        MissingExtra: the runner's packages are not installed.
+    """
+    parser = _parser(args)
+    found, unknown = parser.parse_known_args(list(args))
+    runner = (found.runner or "").rpartition(".")[2]
+    if unknown and runner.lower().removesuffix("runner") not in {each.lower()[:-6] for each in FORWARDING}:
+        raise InputError(f"{unknown[0]!r} after -- is no option of Beam{_nearest(unknown[0], parser)}")
+    return {name: value for name, value in vars(found).items() if value != parser.get_default(name)}
+
+
+def _parser(args: Sequence[str]) -> Any:
+    """The parser of every option that Beam and the named runner have; a mistake raises InputError."""
+    _import_runner(args)
+    parsers: list[Any] = []
+    # Beam has no other way to its parser that is public.
+    PipelineOptions([]).get_all_options(add_extra_args_fn=parsers.append)
+    (parser,) = parsers
+    parser.error = _refuse
+    return parser
+
+
+def _refuse(message: str) -> None:
+    raise InputError(f"Beam's options after --: {message}")
+
+
+def _import_runner(args: Sequence[str]) -> None:
+    """A runner that is named in full may bring options, which exist once its module is imported."""
+    for before, arg in zip(["", *args], args, strict=False):
+        name = arg.removeprefix("--runner=") if arg.startswith("--runner=") else arg if before == "--runner" else ""
+        module = name.rpartition(".")[0]
+        if module:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise MissingExtra(f"--runner={name}: {error}; install the packages that it needs") from error
+
+
+def _nearest(word: str, parser: Any) -> str:
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "; write options as --name=value"
