@@ -101,7 +101,8 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+    # Dataflow's client logs a refusal as critical, and raises it too.
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL + 1)
     logging.getLogger().setLevel(logging.ERROR)
 
 
