@@ -14,6 +14,7 @@ __all__ = [
     "NotFound",
     "SpecError",
     "StoreError",
+    "WorkerDied",
 ]
 
 
@@ -43,6 +44,10 @@ class AlignmentError(StoreError):
 
 class BudgetExceeded(BraidError):
     """More values were rejected than the spec's failure budget allows: read quarantine/, mend or raise it."""
+
+
+class WorkerDied(BraidError):
+    """A worker process was killed or ended by itself: nothing was published, run it again."""
 
 
 class JobError(BraidError):

@@ -31,10 +31,10 @@ class Done(NamedTuple):
 
 
 class Runner:
-    """Runs stages of one spec."""
+    """Runs stages of one spec, on `workers` processes of this machine or on the runner that Beam's options name."""
 
-    def __init__(self, spec: Spec, console: Console, beam_args: Sequence[str] = ()) -> None:
-        self.spec, self.console, self.beam_args = spec, console, beam_args
+    def __init__(self, spec: Spec, console: Console, beam_args: Sequence[str] = (), workers: int = 1) -> None:
+        self.spec, self.console, self.beam_args, self.workers = spec, console, beam_args, workers
         self.storage: Storage = spec.store
         self.done: list[Done] = []
 
@@ -64,7 +64,7 @@ class Runner:
         found, corpus = plan.ingest(self.spec, snapshot), plan.corpus_dict(self.spec)
         if not found.samples:
             return
-        job, begun, folder = Job(self.beam_args), time.monotonic(), f"corpora/{corpus['name']}"
+        job, begun, folder = Job(self.beam_args, self.workers), time.monotonic(), f"corpora/{corpus['name']}"
         shard.build(job, self.storage, corpus, found, snapshot.version)
 
         def done() -> int:
@@ -84,7 +84,11 @@ class Runner:
                 self._encode_view(planned, tasks)
 
     def _encode_view(self, planned: encode.ViewPlan, tasks: list[encode.EncodeTask]) -> None:
-        job, begun, rows = Job(self.beam_args), time.monotonic(), {task.shard: task.rows for task in tasks}
+        job, begun, rows = (
+            Job(self.beam_args, self.workers),
+            time.monotonic(),
+            {task.shard: task.rows for task in tasks},
+        )
         encode.build(job, self.storage, planned, tasks, self.spec.corpus.failure_budget)
 
         def done() -> int:
@@ -100,7 +104,7 @@ class Runner:
             planned = plan.planned_build(snapshot, stage, name, settings) if only in (None, name) else None
             if planned is None:
                 continue
-            job, begun = Job(self.beam_args), time.monotonic()
+            job, begun = Job(self.beam_args, self.workers), time.monotonic()
             _BUILDERS[stage](job, self.storage, planned, snapshot.version)
             with track(self.console, f"{stage} {name}", None):
                 self._finish(stage, name, begun, job.run())

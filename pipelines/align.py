@@ -107,5 +107,5 @@ def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> No
         job.pipeline
         | "Spaces" >> beam.Create([json.dumps(planned)]).with_output_types(str)
         | "FitSpaces" >> beam.ParDo(_FitSpace(storage.to_json(), version)).with_output_types(Result)
-        | "Commit" >> Commit(storage, f"align {planned.name}", [Scope(*planned[:2], planned.key)], whole=True)
+        | "Commit" >> Commit(storage, f"align {planned.name}", [Scope(*planned[:2], planned.key)])
     )

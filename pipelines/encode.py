@@ -10,20 +10,18 @@ on one kind of device, whatever the number of threads and workers. A bad value g
 
 import hashlib
 import json
-import os
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-from apache_beam.metrics import Metrics
+import pyarrow.compute as pc
 
 from featurestore import artefact, encoders, vectors, views
-from featurestore.catalog import Entry, Snapshot
-from featurestore.corpora import QUARANTINE, ROWS, Corpus, member_header, read_rows
+from featurestore.catalog import Entry, Snapshot, lost
+from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus, member_header, read_rows
 from featurestore.errors import AlignmentError, DecodeError
 from featurestore.identity import DIGEST_BYTES, input_digest, row_digest
 from featurestore.storage import Storage
@@ -70,19 +68,25 @@ def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[E
         listing: key -> bytes of what lies in the view's folders, as `listed` gives it.
     """
     corpus = Corpus(snapshot, plan.corpus)
-    have = {entry.shard: entry for entry in snapshot.entries(views.VIEW, plan.name, plan.recipe)}
-    rejected = snapshot.entries(QUARANTINE, f"encode/{plan.name}", plan.recipe)
-    lost = {entry.shard for entry in [*have.values(), *rejected] if listing.get(entry.path) != entry.bytes}
-    tasks = []
-    for shard in corpus.shards:
-        entry = have.get(shard.shard)
-        if entry and entry.input_sha256 == shard.sha256 and shard.shard not in lost:
-            continue
-        media = corpus.media(shard.shard)
-        tasks.append(
-            EncodeTask(shard.shard, shard.path, shard.rows, shard.sha256, shard.ids_sha256, media.path, media.sha256)
-        )
-    return tasks
+    todo = _unmade(snapshot, plan, listing)
+    tars = snapshot.table(MEDIA, plan.corpus, None, ("shard", "path", "sha256"))
+    tars = tars.take(pc.index_in(todo["shard"], tars["shard"]))
+    for shard in todo["shard"].filter(pc.is_null(tars["shard"])):
+        corpus.media(shard.as_py())
+    columns = [*todo.columns, tars["path"], tars["sha256"]]
+    return [EncodeTask(*task) for task in zip(*(column.to_pylist() for column in columns), strict=True)]
+
+
+def _unmade(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> pa.Table:
+    """The corpus's shards of which the view has no file made from these bytes: by columns, as there may be a million."""
+    scopes = ((views.VIEW, plan.name, plan.recipe), (QUARANTINE, f"encode/{plan.name}", plan.recipe))
+    gone = [lost(snapshot.table(*scope, ("shard", "path", "bytes")), listing)["shard"] for scope in scopes]
+    have = snapshot.table(*scopes[0], ("shard", "input_sha256"))
+    for shards in gone:
+        have = have.filter(pc.invert(pc.is_in(have["shard"], shards)))
+    rows = snapshot.table(ROWS, plan.corpus, None, ("shard", "path", "rows", "sha256", "ids_sha256"))
+    made_from = have["input_sha256"].take(pc.index_in(rows["shard"], have["shard"]))
+    return rows.filter(pc.invert(pc.fill_null(pc.equal(made_from, rows["sha256"]), False)))
 
 
 def folder(plan: ViewPlan) -> str:
@@ -110,7 +114,7 @@ class Row(NamedTuple):
 class ShardEncoder:
     """Encodes shards of one view. Safe to call from several threads: one copy of the model serves them all."""
 
-    def __init__(self, storage: Storage, plan: ViewPlan, threads: int | None = None) -> None:
+    def __init__(self, storage: Storage, plan: ViewPlan, threads: int) -> None:
         self.storage, self.plan = storage, plan
         self.encoder = encoders.find(plan.encoder, plan.options)
         fingerprint = self.encoder.fingerprint()
@@ -124,7 +128,7 @@ class ShardEncoder:
             "field": plan.field,
             "encoder": {**self.encoder.card(), "fingerprint": fingerprint},
         }
-        self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
+        self._pool = ThreadPoolExecutor(threads)
         self._done = storage.list(folder(plan))
 
     def load(self) -> None:
@@ -186,7 +190,7 @@ class ShardEncoder:
                 rejected.append(rejection(value.id, self.plan.field, "encode", vector, value.source))
             else:
                 matrix[value.row] = vector
-        return self._write(task, ids, matrix, digests, reasons, rejected, len(todo))
+        return self._write(task, ids, matrix, digests, reasons, rejected, len(todo))._replace(computed=len(todo))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
         entry = Entry(ROWS, "", "", task.shard, task.rows_path, task.rows, 0, task.sha256, task.ids_sha256)
@@ -307,49 +311,29 @@ class ShardEncoder:
         return result(task.shard, entries, footer["tried"], rejected, footer["example"])
 
 
-class _EncodeShard(InFlight):
-    """EncodeTask -> Result."""
+class EncodeWork(NamedTuple):
+    """What a worker of the encode stage does: EncodeTask -> Result."""
 
-    def __init__(self, storage: str, plan: ViewPlan) -> None:
-        self._storage, self._plan = storage, json.dumps(plan)
-        self._values = Metrics.counter("encode", "values")
-        self._span_ms = Metrics.distribution("encode", "span_ms")
+    storage: str
+    plan: ViewPlan
 
-    def setup(self) -> None:
-        super().setup()
-        self._encoder = ShardEncoder(Storage.from_json(self._storage), ViewPlan(*json.loads(self._plan)))
-        self._encoder.load()
-        self._made: dict[str, int] = {}
+    def open(self, threads: int) -> ShardEncoder:
+        """The encoder, loaded: one copy of the model a process."""
+        encoder = ShardEncoder(Storage.from_json(self.storage), self.plan, threads)
+        encoder.load()
+        return encoder
 
-    def work(self, task: EncodeTask) -> Result:
-        adopted = self._encoder.adopt(task)
-        if adopted is not None:
-            return adopted
-        made = self._encoder.make(task)
-        self._made[made.shard] = made.tried
-        return made
-
-    def process(self, task: EncodeTask) -> Iterator[Result]:
-        self._span_ms.update(int(time.time() * 1000))
-        yield from self._counted(super().process(task))
-
-    def finish_bundle(self) -> Iterator[Any]:
-        for done in super().finish_bundle():
-            yield from self._counted([done.value], done)
-
-    def _counted(self, results: Iterable[Result], as_given: Any = None) -> Iterator[Any]:
-        for done in results:
-            self._values.inc(self._made.pop(done.shard, 0))
-            self._span_ms.update(int(time.time() * 1000))
-            yield as_given or done
+    def do(self, encoder: ShardEncoder, task: EncodeTask) -> Result:
+        """One shard."""
+        return encoder.encode(task)
 
 
 class Encode(beam.PTransform):
     """PCollection of EncodeTask -> PCollection of Result."""
 
-    def __init__(self, storage: Storage, plan: ViewPlan) -> None:
+    def __init__(self, storage: Storage, plan: ViewPlan, processes: int = 1) -> None:
         super().__init__()
-        self._do_fn = _EncodeShard(storage.to_json(), plan)
+        self._do_fn = InFlight("encode", EncodeWork(storage.to_json(), plan), processes)
 
     def expand(self, tasks: beam.PCollection) -> beam.PCollection:
         """PCollection of EncodeTask -> PCollection of Result."""
@@ -364,6 +348,6 @@ def build(job: Job, storage: Storage, plan: ViewPlan, tasks: list[EncodeTask], b
     (
         job.pipeline
         | "Tasks" >> beam.Create(tasks).with_output_types(EncodeTask)
-        | "Encode" >> Encode(storage, plan)
-        | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget)
+        | "Encode" >> Encode(storage, plan, job.workers)
+        | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget, sum(task.rows for task in tasks))
     )

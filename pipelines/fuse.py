@@ -122,5 +122,5 @@ def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> No
         job.pipeline
         | "Sets" >> beam.Create([json.dumps(planned)]).with_output_types(str)
         | "FuseSets" >> beam.ParDo(_Fuse(storage.to_json(), version)).with_output_types(Result)
-        | "Commit" >> Commit(storage, f"fuse {planned.name}", [Scope(*planned[:2], planned.key)], whole=True)
+        | "Commit" >> Commit(storage, f"fuse {planned.name}", [Scope(*planned[:2], planned.key)])
     )

@@ -117,5 +117,5 @@ def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> No
         job.pipeline
         | "Indexes" >> beam.Create([json.dumps(planned)]).with_output_types(str)
         | "BuildIndexes" >> beam.ParDo(_BuildIndex(storage.to_json(), version)).with_output_types(Result)
-        | "Commit" >> Commit(storage, f"index {planned.name}", [Scope(*planned[:2], planned.key)], whole=True)
+        | "Commit" >> Commit(storage, f"index {planned.name}", [Scope(*planned[:2], planned.key)])
     )

@@ -1,25 +1,31 @@
 """Running one stage's Beam job: typed elements, one commit at its end, and the runner named.
 
-`DirectRunner` tries to fetch a runner binary and may run a job twice, so the local runner is FnApiRunner by name.
+`DirectRunner` tries to fetch a runner binary and may run a job twice, so the local runner is FnApiRunner by name. It has one
+process; more are ours (pipelines/workers.py), because Beam's own local multi-processing hangs for good where a worker is
+killed, and deals the shards out before it starts: whoever gets the largest one also keeps its share of the others.
 """
 
 import json
+import os
 import re
-from collections import deque
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.coders import registry
 from apache_beam.coders.row_coder import RowCoder
+from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.transforms.window import GlobalWindows
+from apache_beam.utils.shared import Shared
 
 from featurestore.catalog import Catalog, Change, Entry, Snapshot
 from featurestore.corpora import QUARANTINE
-from featurestore.errors import BraidError, BudgetExceeded
+from featurestore.errors import AlignmentError, BraidError, BudgetExceeded, InputError
 from featurestore.storage import Storage
+from pipelines.workers import Work, Workers
 
 _EXAMPLE_LENGTH = 300
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -28,7 +34,8 @@ LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 class Result(NamedTuple):
     """What a worker made of one shard (or of one build): the entries to publish, and what it rejected.
 
-    `entries` is a JSON list of catalog entries; `tried` and `rejected` count values; `example` is one rejection in words.
+    `entries` is a JSON list of catalog entries; `tried` and `rejected` count values; `example` is one rejection in words;
+    `computed` counts the values that were worked on just now, none of a shard that an earlier run finished.
     """
 
     shard: str
@@ -36,6 +43,7 @@ class Result(NamedTuple):
     tried: int
     rejected: int
     example: str
+    computed: int = 0
 
 
 def result(shard: str, entries: Sequence[Entry], tried: int = 0, rejected: int = 0, example: str = "") -> Result:
@@ -61,53 +69,89 @@ typed(Result)
 
 
 class InFlight(beam.DoFn):
-    """Runs `work(task)` for the tasks of a bundle, `SHARDS_IN_FLIGHT` at once; Results leave in the order of the tasks.
+    """Does a stage's work on the tasks of a bundle, several at once; Results leave as they are done.
 
-    So reading, computing and writing of neighbours overlap.
+    `SHARDS_IN_FLIGHT` in a process, so that reading, computing and writing of neighbours overlap. With more than one process
+    here, whichever is free takes the next task: a large shard holds up nothing but itself.
+
+    Args:
+        stage: names the metrics: counter `values`, distribution `span_ms` (times at which tasks begin and end).
+        work: what is done; opened once a process, however many copies of this DoFn the runner makes.
+        processes: worker processes of this machine to do it in; 1 is the runner's own.
     """
 
     SHARDS_IN_FLIGHT = 2
 
-    def work(self, task: Any) -> Result:
-        """What is done with one task; called from several threads."""
-        raise NotImplementedError
+    def __init__(self, stage: str, work: Work, processes: int = 1) -> None:
+        self._work, self._processes = work, processes
+        self._shared = Shared()
+        self._values = Metrics.counter(stage, "values")
+        self._span_ms = Metrics.distribution(stage, "span_ms")
 
     def setup(self) -> None:
-        """Makes the threads."""
-        self._threads = ThreadPoolExecutor(self.SHARDS_IN_FLIGHT)
+        """Opens the work, here or in processes of its own."""
+        cores = len(os.sched_getaffinity(0))
+        if self._processes == 1:
+            self._opened = self._shared.acquire(lambda: self._work.open(cores))
+        else:
+            self._opened = Workers(self._work, self._processes, self.SHARDS_IN_FLIGHT, max(1, cores // self._processes))
+        self._at_once = self._processes * self.SHARDS_IN_FLIGHT
+        self._threads = ThreadPoolExecutor(self._at_once)
 
     def teardown(self) -> None:
-        """Ends the threads."""
+        """Ends the threads and processes."""
         self._threads.shutdown()
+        if isinstance(self._opened, Workers):
+            self._opened.close()
 
     def start_bundle(self) -> None:
         """Begins with nothing in flight."""
-        self._flight: deque[Future[Result]] = deque()
+        self._flight: set[Future[Result]] = set()
 
     def process(self, task: Any) -> Iterator[Result]:
-        """Starts a task; waits for the oldest where enough are in flight."""
-        self._flight.append(self._threads.submit(self.work, task))
-        if len(self._flight) > self.SHARDS_IN_FLIGHT:
-            yield self._flight.popleft().result()
+        """Starts a task; waits where enough are in flight."""
+        self._span_ms.update(_now_ms())
+        self._flight.add(self._threads.submit(self._do, task))
+        if len(self._flight) > self._at_once:
+            yield from self._landed()
 
     def finish_bundle(self) -> Iterator[Any]:
         """Waits for the rest."""
         while self._flight:
-            yield GlobalWindows.windowed_value(self._flight.popleft().result())
+            for done in self._landed():
+                yield GlobalWindows.windowed_value(done)
+
+    def _do(self, task: Any) -> Result:
+        done: Result = self._opened.do(task) if isinstance(self._opened, Workers) else self._work.do(self._opened, task)
+        return done
+
+    def _landed(self) -> Iterator[Result]:
+        done, self._flight = wait(self._flight, return_when=FIRST_COMPLETED)
+        for each in done:
+            made = each.result()
+            self._values.inc(made.computed)
+            self._span_ms.update(_now_ms())
+            yield made
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 class Commit(beam.PTransform):
     """Publishes all Results of a job in one catalog commit: the job's last step, run by one worker on one element.
 
     Runs again harmlessly. Where more than `budget` of the values tried were rejected it publishes nothing and raises
-    BudgetExceeded; what the workers wrote stays, and a run with a larger budget goes on from it.
+    BudgetExceeded; what the workers wrote stays, and a run with a larger budget goes on from it. Whatever the runner did with
+    the Results on their way, it publishes each shard once and all of them or none: `rows` is how many rows of the first scope
+    the job was planned for (None: a build, which is one Result).
     """
 
     def __init__(
-        self, storage: Storage, job: str, scopes: Sequence[Scope], budget: float = 0.0, whole: bool = False
+        self, storage: Storage, job: str, scopes: Sequence[Scope], budget: float = 0.0, rows: int | None = None
     ) -> None:
         super().__init__()
-        self._do_fn = _CommitFn(storage.to_json(), job, [tuple(scope) for scope in scopes], budget, whole)
+        self._do_fn = _CommitFn(storage.to_json(), job, [tuple(scope) for scope in scopes], budget, rows)
 
     def expand(self, results: beam.PCollection) -> beam.PCollection:
         """PCollection of Result -> PCollection of the version committed."""
@@ -120,20 +164,27 @@ class Commit(beam.PTransform):
 
 
 class _CommitFn(beam.DoFn):
-    def __init__(self, storage: str, job: str, scopes: list[Any], budget: float, whole: bool) -> None:
-        self._storage, self._job, self._scopes, self._budget, self._whole = (
-            storage,
-            job,
-            scopes,
-            budget,
-            whole,
-        )
+    def __init__(self, storage: str, job: str, scopes: list[Any], budget: float, rows: int | None) -> None:
+        self._storage, self._job, self._scopes, self._budget, self._rows = storage, job, scopes, budget, rows
 
     def process(self, element: tuple[int, Iterable[Result]]) -> Iterable[int]:
-        results = sorted(element[1], key=lambda each: each.shard)
+        # A bundle that was done twice has given its Results twice.
+        results = list({each.shard: each for each in sorted(element[1], reverse=True)}.values())[::-1]
         catalog, scopes = Catalog(Storage.from_json(self._storage)), [Scope(*scope) for scope in self._scopes]
         check_budget(self._job, results, self._budget, before(catalog.snapshot(), scopes, results))
-        yield catalog.commit(self._job, changes(results, scopes, self._whole))
+        made = changes(results, scopes, whole=self._rows is None)
+        check_complete(self._job, made[0], self._rows)
+        yield catalog.commit(self._job, made)
+
+
+def check_complete(job: str, change: Change, rows: int | None) -> None:
+    """Raises AlignmentError where what would be published has another number of rows than the job was planned for."""
+    found = sum(entry.rows for entry in change.entries)
+    if rows is not None and found != rows:
+        raise AlignmentError(
+            f"{job}: {found} rows in {len(change.entries)} shards reached the commit, {rows} were planned: the source changed "
+            "meanwhile, or the runner lost results; nothing was published; run it again (what is done is kept)"
+        )
 
 
 def before(snapshot: Snapshot, scopes: Iterable[Scope], results: Iterable[Result]) -> tuple[int, int]:
@@ -178,11 +229,22 @@ def changes(results: Iterable[Result], scopes: Iterable[Scope], whole: bool) -> 
 
 
 class Job:
-    """One Beam pipeline, built by a stage and run here."""
+    """One Beam pipeline, built by a stage and run here.
 
-    def __init__(self, beam_args: Sequence[str] = ()) -> None:
-        args = list(beam_args)
-        if not any(arg == "--runner" or arg.startswith("--runner=") for arg in args):
+    Args:
+        beam_args: Beam's own options.
+        workers: worker processes of this machine; for the local runner alone.
+    """
+
+    def __init__(self, beam_args: Sequence[str] = (), workers: int = 1) -> None:
+        args, self.workers = list(beam_args), workers
+        named = any(arg == "--runner" or arg.startswith("--runner=") for arg in args)
+        if workers < 1 or (named and workers > 1):
+            raise InputError(
+                f"--workers {workers}: at least 1, and only without --runner: they are processes of this machine; another "
+                "runner has options of its own for its workers"
+            )
+        if not named:
             args += [f"--runner={LOCAL_RUNNER}"]
         self.pipeline = beam.Pipeline(options=PipelineOptions(args))
 

@@ -188,25 +188,31 @@ class _PlanRange(beam.DoFn):
             yield ShardTask(f"{self._ingest}-{number:05d}-{part:05d}", plan.path, plan.sha256, part)
 
 
-class _WriteShard(InFlight):
-    def __init__(self, storage: str, corpus: str) -> None:
-        self._storage, self._corpus = storage, corpus
+class ShardWork(NamedTuple):
+    """What a worker of the shard stage does: ShardTask -> Result."""
 
-    def setup(self) -> None:
-        super().setup()
+    storage: str
+    corpus: str
+
+    def open(self, threads: int) -> ShardWriter:
+        """The writer, and the allocator set."""
         keep_freed_memory()
-        self._writer = ShardWriter(Storage.from_json(self._storage), json.loads(self._corpus))
+        return ShardWriter(Storage.from_json(self.storage), json.loads(self.corpus))
 
-    def work(self, task: ShardTask) -> Result:
-        return self._writer.write(task)
+    def do(self, writer: ShardWriter, task: ShardTask) -> Result:
+        """One shard."""
+        return writer.write(task)
 
 
 class Shard(beam.PTransform):
     """One impulse -> PCollection of Result: reads a source's new samples and writes their shards."""
 
-    def __init__(self, storage: Storage, corpus: dict[str, Any], ingest: Ingest, version: int) -> None:
+    def __init__(
+        self, storage: Storage, corpus: dict[str, Any], ingest: Ingest, version: int, processes: int = 1
+    ) -> None:
         super().__init__()
         self._args = (storage.to_json(), json.dumps(corpus, sort_keys=True))
+        self._do_fn = InFlight("shard", ShardWork(*self._args), processes)
         self._ingest, self._ranges, self._version = ingest.key, ingest.ranges(corpus), version
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection:
@@ -219,7 +225,7 @@ class Shard(beam.PTransform):
             | "GroupByRange" >> beam.GroupByKey()
             | "PlanShards" >> beam.ParDo(_PlanRange(*self._args, self._ingest)).with_output_types(ShardTask)
             | "Spread" >> beam.Reshuffle()
-            | "WriteShards" >> beam.ParDo(_WriteShard(*self._args)).with_output_types(Result)
+            | "WriteShards" >> beam.ParDo(self._do_fn).with_output_types(Result)
         )
 
 
@@ -229,6 +235,6 @@ def build(job: Job, storage: Storage, corpus: dict[str, Any], ingest: Ingest, ve
     scopes = [Scope(ROWS, name, ""), Scope(MEDIA, name, ""), Scope(QUARANTINE, f"shard/{name}", "")]
     (
         job.pipeline
-        | "Shard" >> Shard(storage, corpus, ingest, version)
-        | "Commit" >> Commit(storage, f"shard {name}", scopes, corpus["failure_budget"])
+        | "Shard" >> Shard(storage, corpus, ingest, version, job.workers)
+        | "Commit" >> Commit(storage, f"shard {name}", scopes, corpus["failure_budget"], ingest.samples)
     )

@@ -86,8 +86,8 @@ NEEDED = {
     "np.save": ("allow_pickle", "False"),
     "torch.load": ("weights_only", "True"),
 }
-MAY_START_PROGRAMS = {"jobs/recipes/stamps.py"}
-"""It runs apt-get and dpkg, by lists of arguments."""
+MAY_START_PROGRAMS = {"jobs/recipes/stamps.py", "pipelines/workers.py"}
+"""The first runs apt-get and dpkg, the second Python itself: by lists of arguments."""
 
 
 def dangers(tree: ast.AST, where: str) -> Iterator[str]:

@@ -60,7 +60,7 @@ def encode_view(storage: Storage, name: str, encoder: str, options: dict[str, An
     """The encode stage of one view, its shards one after the other without Beam."""
     plan = encode.view_plan(name, "planted", "sound", encoder, options or {})
     tasks = encode.stale(Catalog(storage).snapshot(), plan, encode.listed(storage, plan))
-    worker = encode.ShardEncoder(storage, plan)
+    worker = encode.ShardEncoder(storage, plan, threads=2)
     scopes = [runner.Scope(VIEW, name, plan.recipe), runner.Scope(QUARANTINE, f"encode/{name}", plan.recipe)]
     publish(storage, [worker.encode(task) for task in tasks], scopes)
 

@@ -34,7 +34,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 class Bench:
     """A copy of the store, with a worker for one view of it."""
 
-    def __init__(self, sharded: Storage, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, sharded: Storage, folder: Path, threads: int = 2) -> None:
         self.broken = Broken(sharded, folder)
         self.storage = self.broken.storage
         self.plan = encode.view_plan("sound", "planted", "sound", "log-mel", OPTIONS)
@@ -249,7 +249,7 @@ def test_rows_that_are_not_those_of_the_task_are_not_encoded(bench: Bench) -> No
 def test_a_worker_with_another_encoder_than_the_plan_refuses(bench: Bench) -> None:
     wrong = bench.plan._replace(recipe=views.recipe("sound", "0" * 64))
     with pytest.raises(AlignmentError, match="has another fingerprint on this worker"):
-        encode.ShardEncoder(bench.storage, wrong)
+        encode.ShardEncoder(bench.storage, wrong, threads=1)
 
 
 def test_the_job_encodes_what_is_stale_in_one_commit(bench: Bench, sharded: Storage, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from featurestore.catalog import Catalog, Entry
 from featurestore.corpora import QUARANTINE
-from featurestore.errors import BudgetExceeded
+from featurestore.errors import AlignmentError, BudgetExceeded
 from featurestore.identity import hash64
 from featurestore.storage import Storage
 from featurestore.views import VIEW
@@ -169,10 +169,17 @@ def results(*counts: tuple[int, int]) -> list[Result]:
     return made
 
 
-def commit(store: Path, given: list[Result], versions: list[int], budget: float = 0.01) -> None:
+def commit(
+    store: Path, given: list[Result], versions: list[int], budget: float = 0.01, rows: int | None = None
+) -> None:
     scopes = [Scope(VIEW, "v", "r"), Scope(QUARANTINE, "encode/v", "r")]
+    rows = len(given) if rows is None else rows  # one each
     with CheckedPipeline(runner=FnApiRunner()) as pipeline:
-        made = pipeline | beam.Create(given).with_output_types(Result) | Commit(Storage.of(store), "j", scopes, budget)
+        made = (
+            pipeline
+            | beam.Create(given).with_output_types(Result)
+            | Commit(Storage.of(store), "j", scopes, budget, rows)
+        )
         assert_that(made, equal_to(versions))
 
 
@@ -183,6 +190,25 @@ def test_commit_publishes_all_results_at_once_and_twice_is_once(tmp_path: Path) 
     commit(tmp_path, list(reversed(results((10, 0), (10, 0), (10, 0)))), [1])
     assert [entry.shard for entry in catalog.snapshot().entries(VIEW, "v")] == ["a", "b", "c"]
     assert [each["job"] for each in catalog.history()] == ["j", "create"]
+
+
+def test_commit_takes_a_shard_once_where_a_bundle_was_done_twice(tmp_path: Path) -> None:
+    catalog = Catalog(Storage.of(tmp_path))
+    catalog.create()
+    given = results((10, 0), (10, 1))
+    remade = given[0]._replace(entries=given[0].entries.replace("views/v/r/a", "views/v/r/a2"))
+    commit(tmp_path, [*given, remade, given[1]], [1], budget=0.05, rows=2)
+    assert [entry.path for entry in catalog.snapshot().entries(VIEW, "v")] == ["views/v/r/a", "views/v/r/b"]
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_commit_publishes_nothing_where_results_are_lost_or_too_many(tmp_path: Path, rows: int) -> None:
+    catalog = Catalog(Storage.of(tmp_path))
+    catalog.create()
+    told = f"j: 3 rows in 3 shards reached the commit, {rows} were planned: .* nothing was published"
+    with pytest.raises(AlignmentError, match=told):
+        commit(tmp_path, results((10, 0), (10, 0), (10, 0)), [], rows=rows)
+    assert catalog.snapshot().version == 0
 
 
 def test_commit_of_some_shards_leaves_the_others(tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""Worker processes of this machine, for the local runner: `python -m pipelines.workers`, started and stopped by `Workers`.
+
+A process holds one opened `Work` and does several tasks at once. Tasks and Results go over socket pairs that nobody else can
+open, one for each task at once; a closed one tells either side that the other is gone, at once, also after kill -9.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from featurestore.errors import WorkerDied
+
+__all__ = ["Work", "Workers"]
+
+
+class Work(Protocol):
+    """What is done with a task of a stage. It is pickled to where it is done: it holds descriptions, nothing open."""
+
+    def open(self, threads: int) -> Any:
+        """What doing it needs, once a process: clients, a model; with so many threads to compute in."""
+
+    def do(self, opened: Any, task: Any) -> Any:
+        """The task's Result. Called from several threads; again for the same task, it gives the same."""
+
+
+class Workers:
+    """`processes` processes that do `at_once` tasks each. `do` may be called from as many threads as there are such places."""
+
+    def __init__(self, work: Work, processes: int, at_once: int, threads: int) -> None:
+        self._processes = [_Process(work, at_once, threads) for _ in range(processes)]
+        self._free: SimpleQueue[tuple[_Process, Connection]] = SimpleQueue()
+        try:
+            for process in self._processes:
+                process.wait_until_open()
+        except BaseException:
+            self.close()
+            raise
+        for turn in range(at_once):
+            for process in self._processes:
+                self._free.put((process, process.places[turn]))
+
+    def do(self, task: Any) -> Any:
+        """What `Work.do` gives for the task, from whichever process is free.
+
+        Raises:
+            WorkerDied: the process was killed. The others are ended too.
+            Exception: what `Work.do` raised.
+        """
+        process, place = self._free.get()
+        try:
+            place.send(task)
+            result, error = place.recv()
+        except (EOFError, OSError) as gone:
+            died = process.death(getattr(task, "shard", getattr(task, "key", "?")))
+            self.close()
+            raise died from gone
+        finally:
+            # Also of a process that is gone: whoever waits for a place is told the same.
+            self._free.put((process, place))
+        if error is not None:
+            raise error
+        return result
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are at."""
+        for process in self._processes:
+            process.popen.kill()
+        for process in self._processes:
+            process.popen.wait()
+
+
+class _Process:
+    """One process; its `life` pair carries the work to it, and ends it when this side is gone."""
+
+    def __init__(self, work: Work, at_once: int, threads: int) -> None:
+        pairs = [socket.socketpair() for _ in range(1 + at_once)]
+        theirs = [pair[1].fileno() for pair in pairs]
+        self.popen = subprocess.Popen([sys.executable, "-m", __name__, *map(str, theirs)], pass_fds=theirs)
+        for _, their in pairs:
+            their.close()
+        self._life, *self.places = (Connection(our.detach()) for our, _ in pairs)
+        self._life.send((work, threads))
+
+    def wait_until_open(self) -> None:
+        """Waits until the work is opened; raises what opening it raised."""
+        try:
+            error = self._life.recv()
+        except EOFError as gone:
+            raise self.death("") from gone
+        if error is not None:
+            raise error
+
+    def death(self, shard: str) -> WorkerDied:
+        """How the process ended, in words."""
+        status = self.popen.wait()
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+        why = " (the kernel does so where memory runs out)" if status == -signal.SIGKILL else ""
+        return WorkerDied(
+            f"a worker process ended {how}{why}{f' while it was at shard {shard}' if shard else ''}; nothing was published and "
+            "what is done is kept: run it again"
+        )
+
+
+def _serve(work: Work, opened: Any, place: Connection) -> None:
+    while True:
+        result, raised = None, None
+        task = place.recv()
+        try:
+            result = work.do(opened, task)
+        except Exception as error:
+            error.add_note(f"in a worker process: {traceback.format_exc()}")
+            raised = error
+        place.send((result, raised))
+
+
+def main() -> None:
+    """A worker process: opens the work it is sent, and does tasks until the other side is gone."""
+    # Ctrl-C reaches the whole group: the process that asked decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    life, *places = (Connection(int(fd)) for fd in sys.argv[1:])
+    work, threads = life.recv()
+    try:
+        opened = work.open(threads)
+    except Exception as error:
+        life.send(error)
+        return
+    life.send(None)
+    for place in places:
+        threading.Thread(target=_serve, args=(work, opened, place), daemon=True).start()
+    try:
+        life.recv()
+    except (EOFError, OSError):
+        # At once: nobody waits for what is being done.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
