@@ -68,18 +68,17 @@ def stale(snapshot: Snapshot) -> list[tuple[Entry, str]]:
 
 
 def _inputs(snapshot: Snapshot, kind: str, settings: dict[str, Any]) -> list[str]:
-    shards = snapshot.entries(ROWS, settings["corpus"])
-    inputs = [] if kind == INDEX else [entry.sha256 for entry in shards]
+    shards = snapshot.table(ROWS, settings["corpus"], columns=("shard", "sha256"))
+    inputs = [] if kind == INDEX else shards["sha256"].to_pylist()
     if kind == INDEX:
         space = snapshot.entries(SPACE, settings["space"])
         if not space:
-            raise NotFound(f"space {settings['space']!r} is not there yet; `braid align` makes it")
+            raise NotFound(f"space {settings['space']!r} is not there yet")
         inputs += [entry.sha256 for entry in space if entry.shard == "space"]
     for view in settings["views"]:
-        entries = snapshot.entries(VIEW, view)
-        if {(e.shard, e.input_sha256) for e in entries} != {(s.shard, s.sha256) for s in shards} or not entries:
-            raise NotFound(
-                f"view {view!r} does not cover corpus {settings['corpus']!r} yet; `braid encode` completes it"
-            )
-        inputs += [entry.sha256 for entry in entries]
+        made = snapshot.table(VIEW, view, columns=("shard", "sha256", "input_sha256"))
+        same = made["shard"].equals(shards["shard"]) and made["input_sha256"].equals(shards["sha256"])
+        if not same or not len(made):
+            raise NotFound(f"view {view!r} does not cover corpus {settings['corpus']!r} yet")
+        inputs += made["sha256"].to_pylist()
     return inputs

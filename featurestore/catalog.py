@@ -11,8 +11,9 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -60,6 +61,67 @@ class Entry(NamedTuple):
 
 _TYPES = {str: pa.string(), int: pa.int64(), int | None: pa.int64()}
 SCHEMA = pa.schema([pa.field(name, _TYPES[kind]) for name, kind in Entry.__annotations__.items()])
+# A view's lineage is a kilobyte and hardly differs from shard to shard: in memory a text stands once.
+_HELD = SCHEMA.set(SCHEMA.get_field_index("lineage"), pa.field("lineage", pa.dictionary(pa.int32(), pa.string())))
+_KEY = ("kind", "name", "recipe", "shard")
+# A file of the catalog up to this size is kept once read; of a larger one the columns asked for are read each time.
+_KEPT_BYTES = 8 << 20
+_BATCH_ROWS = 8192
+
+
+class Entries(Sequence[Entry]):
+    """Entries in the order of their keys, held as Arrow columns: a million Python objects would take a gigabyte.
+
+    An `Entry` is made when it is asked for.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for batch in self.table.to_batches(max_chunksize=_BATCH_ROWS):
+            yield from map(Entry._make, zip(*map(_values, batch.columns), strict=True))
+
+    @overload
+    def __getitem__(self, at: int) -> Entry: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Entry]: ...
+    def __getitem__(self, at: int | slice) -> Entry | Sequence[Entry]:
+        if isinstance(at, slice):
+            return [self[place] for place in range(len(self))[at]]
+        return Entry(*(column[at].as_py() for column in self.table.columns))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Entry.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def find(self, shard: str) -> Entry | None:
+        """The entry of a shard, among entries of one name and recipe."""
+        shards = self.table["shard"]
+        at = bisect_left(range(len(self)), shard, key=lambda place: str(shards[place]))
+        return self[at] if at < len(self) and str(shards[at]) == shard else None
+
+
+def _values(column: pa.Array) -> list[Any]:
+    if not isinstance(column, pa.DictionaryArray):
+        return list(column.to_pylist())
+    texts = column.dictionary.to_pylist()
+    return [texts[index] for index in column.indices.to_pylist()]
+
+
+def _where(table: pa.Table, mask: pa.ChunkedArray) -> pa.Table:
+    """The table's rows where the mask is true; the table itself, not a copy, where that is all of it."""
+    return table if pc.all(mask, min_count=0).as_py() else table.filter(mask)
+
+
+def lost(entries: pa.Table, listing: Mapping[str, int]) -> pa.Table:
+    """Rows with a `path` that is not in the listing (key -> bytes), or stands there with other `bytes`."""
+    sizes = pa.array((listing.get(str(path), -1) for path in entries["path"]), pa.int64())
+    return entries.filter(pc.not_equal(entries["bytes"], sizes))
 
 
 class Change(NamedTuple):
@@ -76,41 +138,97 @@ class Change(NamedTuple):
     covers: frozenset[str] | None = None
 
 
-class Snapshot:
-    """The catalog at one version."""
+class _File(NamedTuple):
+    """A file of the catalog's table: between which kinds and names its rows lie."""
 
-    def __init__(self, storage: Storage, table: pa.Table, version: int) -> None:
+    key: str
+    bytes: int
+    kinds: tuple[str, str]
+    names: tuple[str, str]
+
+    def may_hold(self, kind: str, name: str | None = None) -> bool:
+        return self.kinds[0] <= kind <= self.kinds[1] and (name is None or self.names[0] <= name <= self.names[1])
+
+
+class Snapshot:
+    """The catalog at one version. A file of it is read when something is asked for that it may hold."""
+
+    def __init__(self, storage: Storage, files: Sequence[_File], version: int) -> None:
         self.storage = storage
         self.version = version
-        self._table = table
+        self._files = files
+        self._kept: dict[str, pa.Table] = {}
 
-    def entries(self, kind: str, name: str | None = None, recipe: str | None = None) -> list[Entry]:
-        """Entries of a kind (and a name, and a recipe), sorted by name and shard."""
-        mask = pc.equal(self._table["kind"], kind)
-        for column, value in (("name", name), ("recipe", recipe)):
-            if value is not None:
-                mask = pc.and_(mask, pc.equal(self._table[column], value))
-        return sorted(_entries(self._table.filter(mask)), key=lambda entry: entry.key)
+    def entries(self, kind: str, name: str | None = None, recipe: str | None = None) -> Entries:
+        """Entries of a kind (and a name, and a recipe), sorted by name, recipe and shard."""
+        return Entries(self.table(kind, name, recipe))
+
+    def table(
+        self, kind: str, name: str | None = None, recipe: str | None = None, columns: Sequence[str] = Entry._fields
+    ) -> pa.Table:
+        """Columns of what `entries` gives: what is asked of a million shards is asked of these."""
+        names = self.names(kind) if name is None else [name]
+        needed = [column for column in Entry._fields if column in {*_KEY, *columns}]
+        found = pa.concat_tables([self._scope(kind, each, needed) for each in names] or [_HELD.empty_table()])
+        return (found if recipe is None else _where(found, pc.equal(found["recipe"], recipe))).select(columns)
 
     def names(self, kind: str) -> list[str]:
         """The names under a kind, sorted."""
-        return sorted(pc.unique(self._table.filter(pc.equal(self._table["kind"], kind))["name"]).to_pylist())
+        found: set[str] = set()
+        for file in self._files:
+            if file.kinds == (kind, kind) and file.names[0] == file.names[1]:
+                found.add(file.names[0])
+            elif file.may_hold(kind):
+                table = self._table(file, _KEY)
+                found.update(pc.unique(table.filter(pc.equal(table["kind"], kind))["name"]).to_pylist())
+        return sorted(found)
 
     def all(self) -> list[Entry]:
         """Every entry, sorted by key."""
-        return sorted(_entries(self._table), key=lambda entry: entry.key)
+        return list(self._all())
 
     def digest(self) -> str:
         """sha256 over every entry in order: equal stores have equal digests, whenever and however they were made."""
         digest = hashlib.sha256()
-        for entry in self.all():
+        for entry in self._all():
             digest.update(json.dumps(entry, ensure_ascii=False).encode())
         return digest.hexdigest()
 
+    def _all(self) -> Iterator[Entry]:
+        kinds = {kind for file in self._files for kind in pc.unique(self._table(file, _KEY)["kind"]).to_pylist()}
+        return (entry for kind in sorted(kinds) for entry in self.entries(kind))
 
-def _entries(table: pa.Table) -> Iterator[Entry]:
-    columns = [table[name].to_pylist() for name in Entry._fields]
-    return (Entry(*values) for values in zip(*columns, strict=True))
+    def _scope(self, kind: str, name: str, columns: Sequence[str]) -> pa.Table:
+        """A name's rows, sorted; as its last commit wrote them they are, and are not copied."""
+        tables = [self._table(file, columns) for file in self._files if file.may_hold(kind, name)]
+        own = [_where(each, pc.and_(pc.equal(each["kind"], kind), pc.equal(each["name"], name))) for each in tables]
+        table = pa.concat_tables([_HELD.empty_table().select(columns), *own])
+        keys = pc.binary_join_element_wise(table["recipe"], table["shard"], "\0")
+        in_order = pc.all(pc.less_equal(keys[:-1], keys[1:]), min_count=0).as_py()
+        return table if in_order else table.take(pc.sort_indices(keys))
+
+    def _table(self, file: _File, columns: Sequence[str]) -> pa.Table:
+        """Columns of a file, through our own client.
+
+        Not deltalake's reader: its threads outlive the call, and about one process in three that ended soon after died with
+        SIGABRT (deltalake 1.6.6, pyarrow 25).
+        """
+        if file.key in self._kept:
+            return self._kept[file.key].select(columns)
+        small = file.bytes <= _KEPT_BYTES
+        try:
+            with pa.BufferReader(self.storage.read(file.key)) if small else self.storage.open(file.key) as content:
+                stored = pq.ParquetFile(content, read_dictionary=["lineage"])
+                table = stored.read(list(Entry._fields if small else columns))
+            table = table.cast(pa.schema([_HELD.field(name) for name in table.column_names]))
+        except (NotFound, pa.ArrowException, OSError) as error:
+            raise StoreError(
+                f"{self.storage.uri}: a file of the catalog is gone or damaged ({error}); restore {FOLDER}/ from a copy, or "
+                "open an earlier version"
+            ) from error
+        if small:
+            self._kept[file.key] = table
+        return table.select(columns)
 
 
 class Catalog:
@@ -156,32 +274,20 @@ class Catalog:
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """The catalog at a version, or the newest."""
-        delta = self._open(version)
-        return self._load(delta)
+        return self._load(self._open(version))
 
     def peek(self) -> Snapshot:
         """The newest snapshot, or an empty one of version -1 where there is no catalog yet: for planning."""
-        return self.snapshot() if self.exists() else Snapshot(self.storage, SCHEMA.empty_table(), -1)
+        return self.snapshot() if self.exists() else Snapshot(self.storage, [], -1)
 
     def _load(self, delta: DeltaTable) -> Snapshot:
-        return Snapshot(self.storage, self._read(delta), delta.version())
-
-    def _read(self, delta: DeltaTable) -> pa.Table:
-        """The table's rows, file by file through our own client.
-
-        Not `to_pyarrow_table`: its reader's threads outlive the call, and about one process in three that ended soon after
-        died with SIGABRT (deltalake 1.6.6, pyarrow 25).
-        """
-        names = sorted(uri.rpartition("/")[2] for uri in delta.file_uris())
-        try:
-            files = [self.storage.read(f"{FOLDER}/{name}") for name in names]
-            tables = [pq.ParquetFile(pa.BufferReader(each)).read(list(Entry._fields)).cast(SCHEMA) for each in files]
-        except (NotFound, pa.ArrowException, OSError) as error:
-            raise StoreError(
-                f"{self.storage.uri}: a file of the catalog is gone or damaged ({error}); restore {FOLDER}/ from a copy, or "
-                "open an earlier version"
-            ) from error
-        return pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
+        actions = pa.table(delta.get_add_actions(flatten=True))
+        wanted = ("path", "size_bytes", "min.kind", "max.kind", "min.name", "max.name")
+        rows = sorted(zip(*(actions[each].to_pylist() for each in wanted), strict=True))
+        files = [
+            _File(f"{FOLDER}/{path}", size, (kind, last), (name, end)) for path, size, kind, last, name, end in rows
+        ]
+        return Snapshot(self.storage, files, delta.version())
 
     def _open(self, version: int | None = None) -> DeltaTable:
         try:
@@ -224,45 +330,53 @@ class Catalog:
         for attempt in range(_COMMIT_ATTEMPTS):
             delta = self._open()
             snapshot = self._load(delta)
-            old = {entry for change in changes for entry in snapshot.entries(change.kind, change.name)}
-            new = _apply(changes, snapshot)
-            if new == old:
+            new = _applied(changes, snapshot)
+            if new is None:
                 return snapshot.version
             try:
-                self._overwrite(delta, job, changes, sorted(new, key=lambda entry: entry.key))
+                self._overwrite(delta, job, changes, new)
             except CommitFailedError:
                 # Another job won; wait a little so that many losers do not meet again at once.
                 time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
                 continue
-            return self.snapshot().version
+            return int(self._open().version())
         raise StoreError(
             f"{self.storage.uri}: {_COMMIT_ATTEMPTS} attempts to commit {job!r} all lost to other jobs; run it again"
         )
 
-    def _overwrite(self, delta: DeltaTable, job: str, changes: tuple[Change, ...], entries: list[Entry]) -> None:
-        columns = zip(*entries, strict=True) if entries else [()] * len(SCHEMA)
-        table = pa.table([pa.array(list(c), f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
-        scopes = sorted({(change.kind, change.name) for change in changes})
-        predicate = " OR ".join(f"(kind = '{_quoted(kind)}' AND name = '{_quoted(name)}')" for kind, name in scopes)
+    def _overwrite(self, delta: DeltaTable, job: str, changes: tuple[Change, ...], table: pa.Table) -> None:
+        scopes = (f"(kind = '{_quoted(kind)}' AND name = '{_quoted(name)}')" for kind, name in _scopes(changes))
         files = sum(len(change.entries) for change in changes)
+        # deltalake has an allocator of its own, and Arrow's holds on to what the rows before took.
+        pa.default_memory_pool().release_unused()
         write_deltalake(
             delta,
-            table,
+            # In batches: deltalake spells out the lineage of each at once.
+            table.to_reader(_BATCH_ROWS),
             mode="overwrite",
-            predicate=predicate,
+            predicate=" OR ".join(scopes),
             commit_properties=CommitProperties(custom_metadata={"job": job, "files": str(files)}, max_commit_retries=0),
         )
 
 
-def _apply(changes: tuple[Change, ...], snapshot: Snapshot) -> set[Entry]:
-    new: set[Entry] = set()
+def _scopes(changes: tuple[Change, ...]) -> list[tuple[str, str]]:
+    return sorted({(change.kind, change.name) for change in changes})
+
+
+def _applied(changes: tuple[Change, ...], snapshot: Snapshot) -> pa.Table | None:
+    """What the names that the changes touch hold after them, sorted by key; None where they hold it already."""
+    old = {scope: snapshot.table(*scope) for scope in _scopes(changes)}
+    tables = [_HELD.empty_table()]
     for change in changes:
-        new.update(change.entries)
+        columns = zip(*change.entries, strict=True) if change.entries else [()] * len(_HELD)
+        tables.append(pa.table([pa.array(c, f.type) for c, f in zip(columns, _HELD, strict=True)], schema=_HELD))
         if change.covers is not None:
-            for entry in snapshot.entries(change.kind, change.name, change.recipe):
-                if entry.shard not in change.covers:
-                    new.add(entry)
-    return new
+            rows = old[change.kind, change.name]
+            kept = pc.invert(pc.is_in(rows["shard"], pa.array(change.covers, pa.string())))
+            tables.append(rows.filter(pc.and_(kept, pc.equal(rows["recipe"], change.recipe))))
+    table = pa.concat_tables(tables)
+    new = table.take(pc.sort_indices(table.select(_KEY), [(name, "ascending") for name in _KEY]))
+    return None if Entries(new) == Entries(pa.concat_tables([_HELD.empty_table(), *old.values()])) else new
 
 
 def _check(change: Change) -> None:

@@ -7,13 +7,14 @@ locate the value in the tar, so that one value is read without reading the tar.
 
 import tarfile
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore import artefact
-from featurestore.catalog import Entry, Snapshot
+from featurestore.catalog import Entries, Entry, Snapshot
 from featurestore.errors import AlignmentError, NotFound
 from featurestore.identity import DIGEST_BYTES, ids_sha256, input_digest, tar_key
 from featurestore.storage import Storage
@@ -70,13 +71,11 @@ class Corpus:
         self.name = name
         self.storage: Storage = snapshot.storage
         self.version = snapshot.version
-        self.shards: list[Entry] = snapshot.entries(ROWS, name)
-        if not self.shards:
+        if name not in snapshot.names(ROWS):
             raise NotFound(
                 f"no corpus {name!r} in {self.storage.uri}; it has: {', '.join(snapshot.names(ROWS)) or 'none'}"
             )
-        self._media = {entry.shard: entry for entry in snapshot.entries(MEDIA, name)}
-        self._by_key = {entry.shard: entry for entry in self.shards}
+        self._snapshot = snapshot
         self._rows: dict[str, pa.Table] = {}
         self._places: dict[str, tuple[str, int]] | None = None
 
@@ -88,7 +87,7 @@ class Corpus:
     @property
     def rows(self) -> int:
         """Number of samples."""
-        return sum(entry.rows for entry in self.shards)
+        return int(pc.sum(self.shards.table["rows"]).as_py())
 
     @property
     def fields(self) -> dict[str, str]:
@@ -97,17 +96,29 @@ class Corpus:
 
     def shard(self, key: str) -> Entry:
         """The catalog's entry of a shard's rows."""
-        if key not in self._by_key:
+        found = self.shards.find(key)
+        if found is None:
             raise NotFound(f"corpus {self.name!r} has no shard {key!r} in version {self.version}")
-        return self._by_key[key]
+        return found
+
+    @cached_property
+    def shards(self) -> Entries:
+        """The catalog's entries of the shards' rows."""
+        return self._snapshot.entries(ROWS, self.name)
+
+    @cached_property
+    def tars(self) -> Entries:
+        """The catalog's entries of the shards' tars."""
+        return self._snapshot.entries(MEDIA, self.name)
 
     def media(self, key: str) -> Entry:
         """The catalog's entry of a shard's tar."""
-        if key not in self._media:
+        found = self.tars.find(key)
+        if found is None:
             raise AlignmentError(
                 f"shard {key} of corpus {self.name!r} has rows but no tar in the catalog; run `braid verify`"
             )
-        return self._media[key]
+        return found
 
     def read(self, key: str) -> pa.Table:
         """A shard's rows, checked against the catalog. Kept in memory once read."""

@@ -116,15 +116,17 @@ class View:
         self.field: str = info["field"]
         self.encoder: dict[str, Any] = info["encoder"]
         self.corpus = Corpus(snapshot, info["corpus"])
-        self._entries = {entry.shard: entry for entry in entries}
+        self._entries = entries
         self._proven: set[str] = set()
-        stale = [shard.shard for shard in self.corpus.shards if shard.shard not in self._entries]
-        if stale or len(self._entries) != len(self.corpus.shards) or {e.recipe for e in entries} != {self.recipe}:
+        have, shards = entries.table, self.corpus.shards.table
+        if not have["shard"].equals(shards["shard"]) or pc.unique(have["recipe"]).to_pylist() != [self.recipe]:
+            missing = shards["shard"].filter(pc.invert(pc.is_in(shards["shard"], have["shard"])))
             raise AlignmentError(
                 f"view {name!r} has {len(entries)} shards where corpus {self.corpus.name!r} has "
-                f"{len(self.corpus.shards)}{f' (missing: {stale[0]} …)' if stale else ''}; "
+                f"{len(shards)}{f' (missing: {missing[0]} …)' if len(missing) else ''}; "
                 "`braid run` encodes what is missing"
             )
+        self._starts = np.cumsum([0, *shards["rows"].to_pylist()])
 
     def __repr__(self) -> str:
         made = f"{self.encoder['key']} of {self.corpus.name}.{self.field}"
@@ -152,7 +154,7 @@ class View:
 
     def entries(self) -> list[Entry]:
         """The catalog's entries, in the order of the corpus's shards."""
-        return [self._entries[shard.shard] for shard in self.corpus.shards]
+        return list(self._entries)
 
     def files(self) -> list[str]:
         """Keys of the Parquet files, in order, relative to the store: `store.storage.uri` goes before them."""
@@ -166,9 +168,9 @@ class View:
         Raises:
             AlignmentError: any of it does not hold.
         """
-        if shard not in self._entries:
+        entry = self._entries.find(shard)
+        if entry is None:
             raise NotFound(f"view {self.name!r} has no shard {shard!r} in version {self.version}")
-        entry = self._entries[shard]
         content = artefact.read_checked(self.storage, entry.path, entry.sha256)
         with artefact.parsing(entry.path):
             stored, rows = pq.read_schema(pa.BufferReader(content)), artefact.rows(content)
@@ -232,11 +234,10 @@ class View:
         if isinstance(which, str):
             return self.corpus.locate(which)
         row = int(which)
-        for shard in self.corpus.shards:
-            if 0 <= row < shard.rows:
-                return shard.shard, row
-            row -= shard.rows
-        raise NotFound(f"view {self.name!r} has no row {int(which)}; it has rows 0 to {self.rows - 1}")
+        if not 0 <= row < self.rows:
+            raise NotFound(f"view {self.name!r} has no row {row}; it has rows 0 to {self.rows - 1}")
+        at = int(np.searchsorted(self._starts, row, "right")) - 1
+        return self.corpus.shards[at].shard, row - int(self._starts[at])
 
     def _table(self, shard: str, columns: Sequence[str]) -> pa.Table:
         stored = self.read(shard)

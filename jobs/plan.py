@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from featurestore import builds
-from featurestore.catalog import Catalog, Snapshot
+from featurestore.catalog import Catalog, Snapshot, lost
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.errors import InputError, NotFound, StoreError
 from featurestore.storage import Storage
@@ -143,7 +143,7 @@ def planned_build(snapshot: Snapshot, stage: str, name: str, settings: dict[str,
     planned = builds.plan(snapshot, BUILD_STAGES[stage], name, settings)
     entries = snapshot.entries(planned.kind, name)
     listing = snapshot.storage.list(planned.stem)
-    whole = bool(entries) and all(listing.get(entry.path) == entry.bytes for entry in entries)
+    whole = bool(entries) and not len(lost(entries.table, listing))
     return None if whole and {entry.recipe for entry in entries} == {planned.key} else planned
 
 
@@ -188,22 +188,26 @@ def _outcomes(spec: Spec, snapshot: Snapshot, encodes: list[Step], *, grows: boo
     likelihood with the same bytes.
     """
     recipes = {plan.name: plan.recipe for plan in view_plans(spec)}
-    total = len(snapshot.entries(ROWS, spec.corpus.name))
+    total = _count(snapshot, ROWS, spec.corpus.name)
     return {
-        step.name: STALE if grows or len(snapshot.entries(VIEW, step.name, recipes[step.name])) != total else PENDING
+        step.name: STALE if grows or _count(snapshot, VIEW, step.name, recipes[step.name]) != total else PENDING
         for step in encodes
         if step.state != FRESH
     }
 
 
+def _count(snapshot: Snapshot, kind: str, name: str, recipe: str | None = None) -> int:
+    return len(snapshot.table(kind, name, recipe, ("shard",)))
+
+
 def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
     found, corpus = ingest(spec, snapshot), corpus_dict(spec)
     gone = f"; no longer in the source, and kept: {counted(found.gone, 'sample')}" if found.gone else ""
-    lost = [] if not found.known else _lost(snapshot, corpus["name"])
-    if lost:
+    missing = [] if not found.known else _missing(snapshot, corpus["name"])
+    if missing:
         raise StoreError(
-            f"corpus {corpus['name']!r}: {counted(len(lost), 'file')} gone or of another size, e.g. {lost[0]}: the raw data "
-            "of a store cannot be made again from itself; restore them, or shard into a new store"
+            f"corpus {corpus['name']!r}: {counted(len(missing), 'file')} gone or of another size, e.g. {missing[0]}: the raw "
+            "data of a store cannot be made again from itself; restore them, or shard into a new store"
         )
     if not found.samples:
         return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored{gone}")
@@ -211,11 +215,11 @@ def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
     return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, why)
 
 
-def _lost(snapshot: Snapshot, name: str) -> list[str]:
+def _missing(snapshot: Snapshot, name: str) -> list[str]:
     listing = snapshot.storage.list(f"corpora/{name}") | snapshot.storage.list(f"quarantine/shard/{name}")
     scopes = ((ROWS, name), (MEDIA, name), (QUARANTINE, f"shard/{name}"))
-    entries = [entry for scope in scopes for entry in snapshot.entries(*scope)]
-    return [entry.path for entry in entries if listing.get(entry.path) != entry.bytes]
+    tables = [lost(snapshot.table(*scope, columns=("path", "bytes")), listing) for scope in scopes]
+    return [path for table in tables for path in table["path"].to_pylist()]
 
 
 def _encode_steps(spec: Spec, snapshot: Snapshot, corpus_state: str) -> Iterator[Step]:
@@ -224,7 +228,7 @@ def _encode_steps(spec: Spec, snapshot: Snapshot, corpus_state: str) -> Iterator
             yield Step("encode", plan.name, STALE, 0, 0, "its corpus is new")
             continue
         tasks = encode.stale(snapshot, plan, encode.listed(snapshot.storage, plan))
-        total = len(Corpus(snapshot, spec.corpus.name).shards)
+        total = _count(snapshot, ROWS, spec.corpus.name)
         if corpus_state != FRESH:
             yield Step("encode", plan.name, STALE, len(tasks), total, "its corpus grows")
         elif tasks:
@@ -234,7 +238,7 @@ def _encode_steps(spec: Spec, snapshot: Snapshot, corpus_state: str) -> Iterator
 
 
 def _why(snapshot: Snapshot, plan: encode.ViewPlan, todo: int) -> str:
-    recipes = {entry.recipe for entry in snapshot.entries(VIEW, plan.name)}
+    recipes = set(snapshot.table(VIEW, plan.name, columns=("recipe",))["recipe"].to_pylist())
     if not recipes:
         return "not encoded yet"
     if recipes != {plan.recipe}:

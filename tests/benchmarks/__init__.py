@@ -23,6 +23,11 @@ def at_least(area: str, name: str, value: float, bar: float, **detail: Any) -> B
     return Bar(area, name, round(value, 4), bar, value >= bar, detail)
 
 
+def at_most(area: str, name: str, value: float, bar: float, **detail: Any) -> Bar:
+    """A bar that a value must not pass."""
+    return Bar(area, name, round(value, 4), bar, value <= bar, detail)
+
+
 def write(area: str, bars: list[Bar]) -> Path:
     """Writes an area's bars and prints a line for each."""
     OUT.mkdir(exist_ok=True)

@@ -2,10 +2,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from featurestore.catalog import Catalog, Change, Entry
-from featurestore.errors import InputError, NotFound
+from featurestore import catalog as catalog_module
+from featurestore.catalog import Catalog, Change, Entry, Snapshot, lost
+from featurestore.errors import InputError, NotFound, StoreError
 from featurestore.storage import Storage
 
 
@@ -147,3 +149,76 @@ def test_old_versions_are_kept_for_good(catalog: Catalog) -> None:
     settings = DeltaTable(str(Path(catalog.storage.root) / "catalog")).metadata().configuration
     assert settings["delta.enableExpiredLogCleanup"] == "false"
     assert settings["delta.logRetentionDuration"] == "interval 36500 days"
+
+
+def test_entries_are_a_sequence_of_entries(catalog: Catalog) -> None:
+    catalog.commit("job", [change("a", "s1", "s2", "s3")])
+    entries = catalog.snapshot().entries("view", "a")
+    expected = [entry("a", shard) for shard in ("s1", "s2", "s3")]
+    assert entries == expected
+    assert (entries[0], entries[-1], list(entries[1:])) == (expected[0], expected[-1], expected[1:])
+    assert entries != expected[:2]
+    assert entries != [*expected[:2], entry("a", "s3", rows=2)]
+    assert [entries.find(shard) for shard in ("s0", "s2", "s9")] == [None, expected[1], None]
+    with pytest.raises(IndexError):
+        entries[3]
+
+
+def test_the_order_of_rows_in_a_file_does_not_matter(catalog: Catalog) -> None:
+    from deltalake import write_deltalake
+
+    folder = str(Path(catalog.storage.root) / "catalog")
+    for shards in (("s3", "s1"), ("s2", "s0")):
+        rows = [entry("a", shard)._asdict() for shard in shards]
+        write_deltalake(folder, pa.Table.from_pylist(rows, schema=catalog_module.SCHEMA), mode="append")
+    snapshot = catalog.snapshot()
+    assert [each.shard for each in snapshot.entries("view", "a")] == ["s0", "s1", "s2", "s3"]
+    assert snapshot.entries("view", "a").find("s2") == entry("a", "s2")
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
+def test_names_share_files_and_may_be_longer_than_the_statistics_of_a_file_hold(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    monkeypatch.setattr(catalog_module, "_KEPT_BYTES", kept_bytes)
+    names = ["a" * 200 + end for end in ("", "b", "z")] + ["é" * 100, "b"]
+    catalog.commit("one", [change(name, "s1", "s2") for name in names])
+    catalog.commit("two", [Change("media", "é" * 100, "r1", (entry("é" * 100, "s1", kind="media"),))])
+    snapshot = catalog.snapshot()
+    assert snapshot.names("view") == sorted(names)
+    assert all(snapshot.entries("view", name) == [entry(name, "s1"), entry(name, "s2")] for name in names)
+    assert snapshot.entries("view") == [entry(name, shard) for name in sorted(names) for shard in ("s1", "s2")]
+    assert snapshot.entries("media") == [entry("é" * 100, "s1", kind="media")]
+
+
+def test_only_files_that_may_hold_a_name_are_read(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog.commit("one", [change("a", "s1")])
+    catalog.commit("two", [change("b", "s1")])
+    snapshot, read = catalog.snapshot(), []
+    monkeypatch.setattr(Storage, "read", lambda self, key, whole=Storage.read: read.append(key) or whole(self, key))
+    assert snapshot.names("view") == ["a", "b"]
+    assert (len(read), len(snapshot.entries("view", "b")), len(snapshot.entries("view", "b")), len(read)) == (
+        0,
+        1,
+        1,
+        1,
+    )
+
+
+def test_what_a_listing_lacks_or_has_with_another_size_is_lost(catalog: Catalog) -> None:
+    catalog.commit("job", [change("a", "s1", "s2", "s3")])
+    found = lost(catalog.snapshot().table("view", "a"), {"view/a/r1/s1": 10, "view/a/r1/s2": 11})
+    assert found["shard"].to_pylist() == ["s2", "s3"]
+
+
+def test_a_file_that_is_gone_is_told_when_it_is_read(catalog: Catalog) -> None:
+    catalog.commit("job", [change("a", "s1")])
+    snapshot: Snapshot = catalog.snapshot()
+    for path in (Path(catalog.storage.root) / "catalog").glob("*.parquet"):
+        path.unlink()
+    with pytest.raises(StoreError, match=r"a file of the catalog is gone or damaged .* restore catalog/ from a copy"):
+        snapshot.entries("view", "a")
+
+
+def test_no_changes_make_no_version(catalog: Catalog) -> None:
+    assert catalog.commit("job", []) == catalog.snapshot().version
