@@ -228,6 +228,9 @@ class Snapshot:
             ) from error
         if small:
             self._kept[file.key] = table
+        else:
+            # Arrow's allocator holds on to what decoding took: half a gigabyte for half a million entries.
+            pa.default_memory_pool().release_unused()
         return table.select(columns)
 
 
@@ -347,7 +350,7 @@ class Catalog:
     def _overwrite(self, delta: DeltaTable, job: str, changes: tuple[Change, ...], table: pa.Table) -> None:
         scopes = (f"(kind = '{_quoted(kind)}' AND name = '{_quoted(name)}')" for kind, name in _scopes(changes))
         files = sum(len(change.entries) for change in changes)
-        # deltalake has an allocator of its own, and Arrow's holds on to what the rows before took.
+        # deltalake has an allocator of its own: what sorting took is given back to it.
         pa.default_memory_pool().release_unused()
         write_deltalake(
             delta,
