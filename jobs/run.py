@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from featurestore.catalog import Snapshot
+from featurestore.errors import InputError
 from featurestore.storage import Storage
 from jobs import plan
 from jobs.progress import track
 from jobs.spec import Spec
-from pipelines import align, encode, fuse, index, shard
+from pipelines import align, dataflow, encode, fuse, index, shard
 from pipelines.runner import Job
 
 _BUILDERS = {"align": align.build, "index": index.build, "fuse": fuse.build}
@@ -55,6 +56,23 @@ class Runner:
     def _snapshot(self) -> Snapshot:
         return plan.open_catalog(self.storage)
 
+    def _job(self, stage: str, name: str, shards: int = 1) -> Job:
+        resources = self._resources(name) if stage == "encode" else dataflow.Resources()
+        # Every image holds all of Braid: one view's serves where none is named.
+        images = [view.resources.image for view in self.spec.views.values() if view.resources.image]
+        args = dataflow.job_args(
+            self.beam_args, stage, name, self.storage, resources, shards, spare_image=next(iter(images), None)
+        )
+        if self.done and dataflow.template(args):
+            raise InputError(
+                f"--template_location holds one job, which is {self.done[0].stage} {self.done[0].name} now; {stage} {name} is "
+                "to do too: name one stage and one view, space, index or set"
+            )
+        return Job(args, self.workers)
+
+    def _resources(self, view: str) -> dataflow.Resources:
+        return dataflow.Resources(**self.spec.views[view].resources.model_dump())
+
     def _finish(self, stage: str, name: str, begun: float, outcome: Any = None) -> None:
         values, span = _encode_metrics(outcome) if stage == "encode" else (0, 0.0)
         self.done.append(Done(stage, name, time.monotonic() - begun, values, span))
@@ -64,7 +82,8 @@ class Runner:
         found, corpus = plan.ingest(self.spec, snapshot), plan.corpus_dict(self.spec)
         if not found.samples:
             return
-        job, begun, folder = Job(self.beam_args, self.workers), time.monotonic(), f"corpora/{corpus['name']}"
+        dataflow.check_source(self.beam_args, self.spec.corpus.source.path)
+        job, begun, folder = self._job("shard", corpus["name"]), time.monotonic(), f"corpora/{corpus['name']}"
         shard.build(job, self.storage, corpus, found, snapshot.version)
 
         def done() -> int:
@@ -85,11 +104,12 @@ class Runner:
 
     def _encode_view(self, planned: encode.ViewPlan, tasks: list[encode.EncodeTask]) -> None:
         job, begun, rows = (
-            Job(self.beam_args, self.workers),
+            self._job("encode", planned.name, len(tasks)),
             time.monotonic(),
             {task.shard: task.rows for task in tasks},
         )
-        encode.build(job, self.storage, planned, tasks, self.spec.corpus.failure_budget)
+        hints = dataflow.hints(self.beam_args, self._resources(planned.name))
+        encode.build(job, self.storage, planned, tasks, self.spec.corpus.failure_budget, hints)
 
         def done() -> int:
             stems = {key.rpartition("/")[2].rpartition("-")[0] for key in self.storage.list(encode.folder(planned))}
@@ -104,7 +124,7 @@ class Runner:
             planned = plan.planned_build(snapshot, stage, name, settings) if only in (None, name) else None
             if planned is None:
                 continue
-            job, begun = Job(self.beam_args, self.workers), time.monotonic()
+            job, begun = self._job(stage, name), time.monotonic()
             _BUILDERS[stage](job, self.storage, planned, snapshot.version)
             with track(self.console, f"{stage} {name}", None):
                 self._finish(stage, name, begun, job.run())
@@ -112,6 +132,8 @@ class Runner:
 
 def _encode_metrics(outcome: Any) -> tuple[int, float]:
     """Values encoded, and seconds from the first shard's start to the last one's end; model loading left out."""
+    if not getattr(outcome, "has_job", True):
+        return 0, 0.0  # a template was written: nothing ran
     found = outcome.metrics().query()
     values = sum(counter.committed for counter in found["counters"] if counter.key.metric.name == "values")
     spans = [each.committed for each in found["distributions"] if each.key.metric.name == "span_ms"]

@@ -1,5 +1,6 @@
 """Beam's own options, as they stand after `--` on the command line: read strictly, where Beam drops what it does not know."""
 
+import argparse
 import difflib
 import importlib
 from collections.abc import Sequence
@@ -22,10 +23,17 @@ def given(args: Sequence[str]) -> dict[str, Any]:
     """
     parser = _parser(args)
     found, unknown = parser.parse_known_args(list(args))
-    runner = (found.runner or "").rpartition(".")[2]
-    if unknown and runner.lower().removesuffix("runner") not in {each.lower()[:-6] for each in FORWARDING}:
+    name = runner(args).rpartition(".")[2]
+    if unknown and name.lower().removesuffix("runner") not in {each.lower()[:-6] for each in FORWARDING}:
         raise InputError(f"{unknown[0]!r} after -- is no option of Beam{_nearest(unknown[0], parser)}")
     return {name: value for name, value in vars(found).items() if value != parser.get_default(name)}
+
+
+def runner(args: Sequence[str]) -> str:
+    """The runner as it is named, or an empty text; the other options are not looked at."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--runner", nargs="?", default="")
+    return parser.parse_known_args(list(args))[0].runner or ""
 
 
 def _parser(args: Sequence[str]) -> Any:
@@ -45,14 +53,12 @@ def _refuse(message: str) -> None:
 
 def _import_runner(args: Sequence[str]) -> None:
     """A runner that is named in full may bring options, which exist once its module is imported."""
-    for before, arg in zip(["", *args], args, strict=False):
-        name = arg.removeprefix("--runner=") if arg.startswith("--runner=") else arg if before == "--runner" else ""
-        module = name.rpartition(".")[0]
-        if module:
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                raise MissingExtra(f"--runner={name}: {error}; install the packages that it needs") from error
+    name = runner(args)
+    if module := name.rpartition(".")[0]:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise MissingExtra(f"--runner={name}: {error}; install the packages that it needs") from error
 
 
 def _nearest(word: str, parser: Any) -> str:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from featurestore.errors import BraidError, InputError, JobError, MissingExtra
 from featurestore.storage import Storage
-from pipelines.beam_options import given
+from pipelines.beam_options import given, runner
 
 ENCODE = "encode"
 DEFAULT_WORKERS = 4
@@ -49,8 +49,7 @@ class Resources(NamedTuple):
 
 def chosen(args: Sequence[str]) -> bool:
     """Whether Beam's options name the DataflowRunner."""
-    name = str(given(args).get("runner", "")).rpartition(".")[2].lower()
-    return name in {"dataflow", "dataflowrunner"}
+    return runner(args).rpartition(".")[2].lower() in {"dataflow", "dataflowrunner"}
 
 
 def job_args(
@@ -128,7 +127,7 @@ def _hints(options: dict[str, Any], resources: Resources) -> dict[str, str]:
 
 def template(args: Sequence[str]) -> bool:
     """Whether the options ask for a job's template, which holds one job and runs nothing."""
-    return "template_location" in given(args)
+    return chosen(args) and "template_location" in given(args)
 
 
 def job_name(options: dict[str, Any], stage: str, name: str, storage: Storage) -> str:

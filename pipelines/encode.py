@@ -10,7 +10,7 @@ on one kind of device, whatever the number of threads and workers. A bad value g
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -331,23 +331,32 @@ class EncodeWork(NamedTuple):
 class Encode(beam.PTransform):
     """PCollection of EncodeTask -> PCollection of Result."""
 
-    def __init__(self, storage: Storage, plan: ViewPlan, processes: int = 1) -> None:
+    def __init__(
+        self, storage: Storage, plan: ViewPlan, processes: int = 1, hints: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
+        self._hints = hints or {}
         self._do_fn = InFlight("encode", EncodeWork(storage.to_json(), plan), processes)
 
     def expand(self, tasks: beam.PCollection) -> beam.PCollection:
         """PCollection of EncodeTask -> PCollection of Result."""
-        return (
-            tasks | "Spread" >> beam.Reshuffle() | "EncodeShards" >> beam.ParDo(self._do_fn).with_output_types(Result)
-        )
+        encode = beam.ParDo(self._do_fn).with_output_types(Result).with_resource_hints(**self._hints)
+        return tasks | "Spread" >> beam.Reshuffle() | "EncodeShards" >> encode
 
 
-def build(job: Job, storage: Storage, plan: ViewPlan, tasks: list[EncodeTask], budget: float) -> None:
-    """Puts the encode job of one view into a pipeline: every stale shard, then one commit."""
+def build(
+    job: Job,
+    storage: Storage,
+    plan: ViewPlan,
+    tasks: list[EncodeTask],
+    budget: float,
+    hints: Mapping[str, str] | None = None,
+) -> None:
+    """Puts the encode job of one view into a pipeline: every stale shard, then one commit; hints are of the encode step."""
     scopes = [Scope(views.VIEW, plan.name, plan.recipe), Scope(QUARANTINE, f"encode/{plan.name}", plan.recipe)]
     (
         job.pipeline
         | "Tasks" >> beam.Create(tasks).with_output_types(EncodeTask)
-        | "Encode" >> Encode(storage, plan, job.workers)
+        | "Encode" >> Encode(storage, plan, job.workers, hints)
         | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget, sum(task.rows for task in tasks))
     )

@@ -56,6 +56,8 @@ def test_another_runner_gets_the_users_options_as_they_are_and_no_hints() -> Non
     args = ["--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner", "--direct_num_workers=1"]
     assert job_args(args, "encode", "image", Storage.of("/store"), GPU, 9) == args
     assert job_args([], "encode", "image", Storage.of("/store"), GPU, 9) == []
+    # Its options may be known only once its module is imported.
+    assert job_args(["--runner=DaskRunner", "--dask_client_address=x"], "encode", "image", STORE, GPU, 9)[1:]
     assert hints(args, GPU) == hints([], GPU) == {}
 
 
