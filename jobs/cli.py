@@ -25,6 +25,9 @@ SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML
 BeamArgs = Annotated[
     list[str] | None, typer.Argument(metavar="[-- BEAM OPTIONS]", help="Beam's own options, after --.")
 ]
+WorkerCount = Annotated[
+    int, typer.Option("--workers", min=1, help="Worker processes of this machine; each has its share of the cores.")
+]
 Store = Annotated[
     str, typer.Argument(metavar="STORE", help="A folder, s3://… or gs://…; or a spec, for the store it names.")
 ]
@@ -76,14 +79,16 @@ def _store(address: str, version: int | None = None) -> Any:
     return FeatureStore(_storage(address), version=version)
 
 
-def _run(path: Path, stages: tuple[str, ...], only: str | None, beam_args: list[str] | None) -> list[Any]:
+def _run(
+    path: Path, stages: tuple[str, ...], only: str | None, beam_args: list[str] | None, workers: int = 1
+) -> list[Any]:
     spec = _spec(path)
     if only is not None:
         spec.view(only)
     from jobs.report import counted
     from jobs.run import Runner
 
-    runner = Runner(spec, _say(), beam_args or ())
+    runner = Runner(spec, _say(), beam_args or (), workers)
     done = runner.run(stages, only)
     if done:
         from featurestore.catalog import Catalog
@@ -156,6 +161,7 @@ def plan(spec: SpecPath) -> None:
 def run(
     spec: SpecPath,
     metrics: Annotated[Path | None, typer.Option(help="Write what each step took to this file, as JSON.")] = None,
+    workers: WorkerCount = 1,
     beam: BeamArgs = None,
 ) -> None:
     """Run every stage that is stale: shard, encode, align, index, fuse."""
@@ -167,23 +173,26 @@ def run(
             metrics.open("ab").close()
         except OSError as error:
             raise InputError(f"--metrics {metrics}: cannot be written ({error.strerror}); name another file") from error
-    done = _run(spec, STAGES, None, beam)
+    done = _run(spec, STAGES, None, beam, workers)
     if metrics is not None:
         metrics.write_text(json.dumps([step._asdict() for step in done], indent=1))
 
 
 @app.command()
-def shard(spec: SpecPath, beam: BeamArgs = None) -> None:
+def shard(spec: SpecPath, workers: WorkerCount = 1, beam: BeamArgs = None) -> None:
     """Bring the source's new samples into the store as shards."""
-    _run(spec, ("shard",), None, beam)
+    _run(spec, ("shard",), None, beam, workers)
 
 
 @app.command()
 def encode(
-    spec: SpecPath, view: Annotated[str | None, typer.Option(help="Only this view.")] = None, beam: BeamArgs = None
+    spec: SpecPath,
+    view: Annotated[str | None, typer.Option(help="Only this view.")] = None,
+    workers: WorkerCount = 1,
+    beam: BeamArgs = None,
 ) -> None:
     """Encode the shards that views lack."""
-    _run(spec, ("encode",), view, beam)
+    _run(spec, ("encode",), view, beam, workers)
 
 
 @app.command()

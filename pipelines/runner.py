@@ -25,10 +25,15 @@ from featurestore.catalog import Catalog, Change, Entry, Snapshot
 from featurestore.corpora import QUARANTINE
 from featurestore.errors import AlignmentError, BraidError, BudgetExceeded, InputError
 from featurestore.storage import Storage
+from pipelines import dataflow, portable_runner
+from pipelines.beam_options import given
 from pipelines.workers import Work, Workers
 
 _EXAMPLE_LENGTH = 300
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+
+
+_RUNNERS = {"FnApiRunner": LOCAL_RUNNER, "DaskRunner": "pipelines.dask_runner.DaskRunner"}
 
 
 class Result(NamedTuple):
@@ -237,25 +242,55 @@ class Job:
     """
 
     def __init__(self, beam_args: Sequence[str] = (), workers: int = 1) -> None:
-        args, self.workers = list(beam_args), workers
-        named = any(arg == "--runner" or arg.startswith("--runner=") for arg in args)
-        if workers < 1 or (named and workers > 1):
+        args, self.workers = _named_in_full(beam_args), workers
+        local = args[-1] == f"--runner={LOCAL_RUNNER}"
+        if workers < 1 or (workers > 1 and not local):
             raise InputError(
                 f"--workers {workers}: at least 1, and only without --runner: they are processes of this machine; another "
                 "runner has options of its own for its workers"
             )
-        if not named:
-            args += [f"--runner={LOCAL_RUNNER}"]
-        self.pipeline = beam.Pipeline(options=PipelineOptions(args))
+        given(args)
+        self._args = args
+        try:
+            self.pipeline = beam.Pipeline(options=PipelineOptions(args))
+        except ValueError as error:
+            # Of options that do not go together, or of no runner.
+            raise InputError(f"Beam's options after --: {' '.join(str(error).split())}") from error
+        portable_runner.check(self.pipeline)
 
     def run(self) -> Any:
         """Runs to the end and returns Beam's result; a BraidError of a worker is raised as itself."""
         try:
-            outcome = self.pipeline.run()
-            outcome.wait_until_finish()
+            with portable_runner.quiet():
+                outcome = self.pipeline.run()
+                outcome.wait_until_finish()
         except BraidError as error:
             raise _without_step(error) from error.__cause__
+        except Exception as error:
+            told = dataflow.told(error, self._args) or portable_runner.told(error)
+            if told is None:
+                raise
+            raise told from error
         return outcome
+
+
+def _named_in_full(beam_args: Sequence[str]) -> list[str]:
+    """Beam's options with the runner last, under the full name of the class that is meant."""
+    args, runner = [], LOCAL_RUNNER
+    rest = iter(beam_args)
+    for arg in rest:
+        if arg == "--runner":
+            runner = next(rest, "")
+        elif arg.startswith("--runner="):
+            runner = arg.removeprefix("--runner=")
+        else:
+            args.append(arg)
+    if runner in ("DirectRunner", "SwitchingDirectRunner"):
+        raise InputError(
+            f"--runner={runner} fetches a runner's program over the network, and may run a job twice; leave --runner out for "
+            "the local runner, with --workers N for several processes"
+        )
+    return [*args, f"--runner={_RUNNERS.get(runner, runner)}"]
 
 
 def _without_step(error: BraidError) -> BraidError:

@@ -51,7 +51,7 @@ def empty(made: Made, folder: Path) -> Made:
 
 
 def options(cluster: Cluster) -> list[str]:
-    return [RUNNER, f"--dask_client_address={cluster.address}"]
+    return ["--runner=DaskRunner", f"--dask_client_address={cluster.address}"]
 
 
 class _Told(NamedTuple):
