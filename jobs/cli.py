@@ -28,6 +28,9 @@ BeamArgs = Annotated[
 WorkerCount = Annotated[
     int, typer.Option("--workers", min=1, help="Worker processes of this machine; each has its share of the cores.")
 ]
+LogJson = Annotated[
+    bool, typer.Option("--log-json", help="Log every event of the jobs to standard error, one line of JSON each.")
+]
 Store = Annotated[
     str, typer.Argument(metavar="STORE", help="A folder, s3://… or gs://…; or a spec, for the store it names.")
 ]
@@ -46,18 +49,28 @@ def main() -> None:
         # Beam raises an interrupt in a worker as a RuntimeError of its own.
         if isinstance(error, RuntimeError) and "KeyboardInterrupt" not in str(error):
             raise
-        print("interrupted; run it again to go on from what is done", file=sys.stderr)
+        _complain("interrupted; run it again to go on from what is done", "")
         sys.exit(130)
     except BraidError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error), "error: ")
         sys.exit(2 if isinstance(error, InputError | NotFound) else 1)
 
 
-def _say() -> Any:
+def _complain(text: str, prefix: str) -> None:
+    from pipelines import log
+
+    if log.started():
+        logging.getLogger("braid").error("%s", text)
+    else:
+        print(f"{prefix}{text}", file=sys.stderr)
+
+
+def _say(bars: bool = True) -> Any:
     from rich.console import Console
 
     # Piped, lines are for programs: they are not folded at 80 columns.
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
+    width = None if sys.stdout.isatty() else 240
+    return Console(highlight=False, soft_wrap=True, width=width, force_terminal=None if bars else False)
 
 
 def _spec(path: Path) -> Any:
@@ -80,15 +93,25 @@ def _store(address: str, version: int | None = None) -> Any:
 
 
 def _run(
-    path: Path, stages: tuple[str, ...], only: str | None, beam_args: list[str] | None, workers: int = 1
+    path: Path,
+    stages: tuple[str, ...],
+    only: str | None,
+    beam_args: list[str] | None,
+    workers: int = 1,
+    log_json: bool = False,
 ) -> list[Any]:
+    if log_json:
+        from pipelines import log
+
+        log.start()
     spec = _spec(path)
     if only is not None:
         spec.view(only)
     from jobs.report import counted
     from jobs.run import Runner
 
-    runner = Runner(spec, _say(), beam_args or (), workers)
+    # A bar would be drawn over the lines of JSON.
+    runner = Runner(spec, _say(bars=not log_json), beam_args or (), workers)
     done = runner.run(stages, only)
     if done:
         from featurestore.catalog import Catalog
@@ -108,6 +131,7 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Dataflow's client logs a refusal as critical, and raises it too.
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("braid").setLevel(logging.CRITICAL + 1)
     logging.getLogger().setLevel(logging.ERROR)
 
 
@@ -160,28 +184,30 @@ def plan(spec: SpecPath) -> None:
 @app.command()
 def run(
     spec: SpecPath,
-    metrics: Annotated[Path | None, typer.Option(help="Write what each step took to this file, as JSON.")] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(help="Write what each step took to this file: JSON, or Prometheus text if it ends in .prom."),
+    ] = None,
     workers: WorkerCount = 1,
+    log_json: LogJson = False,
     beam: BeamArgs = None,
 ) -> None:
     """Run every stage that is stale: shard, encode, align, index, fuse."""
     from jobs.plan import STAGES
 
     if metrics is not None:
-        try:
-            metrics.parent.mkdir(parents=True, exist_ok=True)
-            metrics.open("ab").close()
-        except OSError as error:
-            raise InputError(f"--metrics {metrics}: cannot be written ({error.strerror}); name another file") from error
-    done = _run(spec, STAGES, None, beam, workers)
+        from jobs.metrics import check_path, write
+
+        check_path(metrics)
+    done = _run(spec, STAGES, None, beam, workers, log_json)
     if metrics is not None:
-        metrics.write_text(json.dumps([step._asdict() for step in done], indent=1))
+        write(metrics, done)
 
 
 @app.command()
-def shard(spec: SpecPath, workers: WorkerCount = 1, beam: BeamArgs = None) -> None:
+def shard(spec: SpecPath, workers: WorkerCount = 1, log_json: LogJson = False, beam: BeamArgs = None) -> None:
     """Bring the source's new samples into the store as shards."""
-    _run(spec, ("shard",), None, beam, workers)
+    _run(spec, ("shard",), None, beam, workers, log_json)
 
 
 @app.command()
@@ -189,28 +215,29 @@ def encode(
     spec: SpecPath,
     view: Annotated[str | None, typer.Option(help="Only this view.")] = None,
     workers: WorkerCount = 1,
+    log_json: LogJson = False,
     beam: BeamArgs = None,
 ) -> None:
     """Encode the shards that views lack."""
-    _run(spec, ("encode",), view, beam, workers)
+    _run(spec, ("encode",), view, beam, workers, log_json)
 
 
 @app.command()
-def align(spec: SpecPath, beam: BeamArgs = None) -> None:
+def align(spec: SpecPath, log_json: LogJson = False, beam: BeamArgs = None) -> None:
     """Learn the spaces that are stale."""
-    _run(spec, ("align",), None, beam)
+    _run(spec, ("align",), None, beam, log_json=log_json)
 
 
 @app.command()
-def index(spec: SpecPath, beam: BeamArgs = None) -> None:
+def index(spec: SpecPath, log_json: LogJson = False, beam: BeamArgs = None) -> None:
     """Build the indexes that are stale."""
-    _run(spec, ("index",), None, beam)
+    _run(spec, ("index",), None, beam, log_json=log_json)
 
 
 @app.command()
-def fuse(spec: SpecPath, beam: BeamArgs = None) -> None:
+def fuse(spec: SpecPath, log_json: LogJson = False, beam: BeamArgs = None) -> None:
     """Assemble the training sets that are stale."""
-    _run(spec, ("fuse",), None, beam)
+    _run(spec, ("fuse",), None, beam, log_json=log_json)
 
 
 @app.command()

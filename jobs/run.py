@@ -3,32 +3,52 @@
 Any step that was cut off is gone on with by running the spec again: what lies finished in the store is taken up.
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from featurestore.catalog import Snapshot
+from featurestore.corpora import QUARANTINE, ROWS
 from featurestore.errors import InputError
 from featurestore.storage import Storage
+from featurestore.views import VIEW
 from jobs import plan
 from jobs.progress import track
 from jobs.spec import Spec
-from pipelines import align, dataflow, encode, fuse, index, shard
+from pipelines import align, dataflow, encode, fuse, index, log, shard
 from pipelines.runner import Job
 
 _BUILDERS = {"align": align.build, "index": index.build, "fuse": fuse.build}
 
 
 class Done(NamedTuple):
-    """A step that was carried out: what it took, and of encode the values and the span of work in seconds."""
+    """A step that was carried out, and what it took; None where a figure is not of its stage or the runner does not tell it.
+
+    From the catalog: `shards` that it published, and values of them that were `rejected`. From Beam: `values` computed now
+    (those of shards taken up from an earlier run left out), `span_s` from its first shard's start to its last one's end (a
+    model's loading left out), `shard_s` that its shards took, summed, and `longest_s` of them.
+    """
 
     stage: str
     name: str
     seconds: float
-    values: int = 0
-    span_s: float = 0.0
+    values: int | None = None
+    span_s: float | None = None
+    shards: int | None = None
+    rejected: int | None = None
+    shard_s: float | None = None
+    longest_s: float | None = None
+
+
+class _Work(NamedTuple):
+    """How much a job has to do, in samples, how much of it is done now, and whether a shard is one of its own."""
+
+    total: int
+    done: Callable[[], int]
+    own: Callable[[str], bool]
 
 
 class Runner:
@@ -73,9 +93,31 @@ class Runner:
     def _resources(self, view: str) -> dataflow.Resources:
         return dataflow.Resources(**self.spec.views[view].resources.model_dump())
 
-    def _finish(self, stage: str, name: str, begun: float, outcome: Any = None) -> None:
-        values, span = _encode_metrics(outcome) if stage == "encode" else (0, 0.0)
-        self.done.append(Done(stage, name, time.monotonic() - begun, values, span))
+    def _carry_out(self, job: Job, stage: str, name: str, begun: float, work: _Work | None = None) -> None:
+        told = f"{stage} {name}"
+        log.event(told, "job begin")
+        total, done = (work.total, work.done) if work else (None, None)
+        try:
+            with track(self.console, told, total, done):
+                outcome = job.run()
+        except BaseException:
+            log.event(told, "job failed", seconds=time.monotonic() - begun, level=logging.ERROR)
+            raise
+        step = Done(stage, name, time.monotonic() - begun)
+        if work and getattr(outcome, "has_job", True):  # else a template was written: nothing ran
+            step = step._replace(**self._published(stage, name, work.own), **_beam_metrics(outcome))
+        log.event(told, "job end", values=step.values, rejected=step.rejected, seconds=step.seconds)
+        self.done.append(step)
+
+    def _published(self, stage: str, name: str, own: Callable[[str], bool]) -> dict[str, Any]:
+        """What the catalog says of a job's own shards: right on every runner."""
+        snapshot = self._snapshot()
+        shards = snapshot.table(ROWS if stage == "shard" else VIEW, name, None, ("shard",))["shard"].to_pylist()
+        bad = snapshot.table(QUARANTINE, f"{stage}/{name}", None, ("shard", "rows")).to_pylist()
+        return {
+            "shards": sum(map(own, shards)),
+            "rejected": sum(each["rows"] for each in bad if own(each["shard"])),
+        }
 
     def _shard(self) -> None:
         snapshot = self._snapshot()
@@ -91,8 +133,8 @@ class Runner:
             written = sum(key.endswith(".parquet") for key in names)
             return min(found.samples, written * int(corpus["shard_rows"]))
 
-        with track(self.console, f"shard {corpus['name']}", found.samples, done):
-            self._finish("shard", corpus["name"], begun, job.run())
+        work = _Work(found.samples, done, lambda key: key.startswith(f"{found.key}-"))
+        self._carry_out(job, "shard", corpus["name"], begun, work)
 
     def _encode(self, only: str | None) -> None:
         for planned in plan.view_plans(self.spec):
@@ -115,8 +157,7 @@ class Runner:
             stems = {key.rpartition("/")[2].rpartition("-")[0] for key in self.storage.list(encode.folder(planned))}
             return sum(count for shard_key, count in rows.items() if shard_key in stems)
 
-        with track(self.console, f"encode {planned.name}", sum(rows.values()), done):
-            self._finish("encode", planned.name, begun, job.run())
+        self._carry_out(job, "encode", planned.name, begun, _Work(sum(rows.values()), done, rows.__contains__))
 
     def _build(self, stage: str, only: str | None) -> None:
         for name, settings in plan.build_settings(self.spec, stage).items():
@@ -126,15 +167,20 @@ class Runner:
                 continue
             job, begun = self._job(stage, name), time.monotonic()
             _BUILDERS[stage](job, self.storage, planned, snapshot.version)
-            with track(self.console, f"{stage} {name}", None):
-                self._finish(stage, name, begun, job.run())
+            self._carry_out(job, stage, name, begun)
 
 
-def _encode_metrics(outcome: Any) -> tuple[int, float]:
-    """Values encoded, and seconds from the first shard's start to the last one's end; model loading left out."""
-    if not getattr(outcome, "has_job", True):
-        return 0, 0.0  # a template was written: nothing ran
+def _beam_metrics(outcome: Any) -> dict[str, Any]:
+    """What Beam counted of a job's shards; nothing where the runner carries no metrics back."""
     found = outcome.metrics().query()
-    values = sum(counter.committed for counter in found["counters"] if counter.key.metric.name == "values")
+    values = [each.committed for each in found["counters"] if each.key.metric.name == "values"]
     spans = [each.committed for each in found["distributions"] if each.key.metric.name == "span_ms"]
-    return values, (max(span.max for span in spans) - min(span.min for span in spans)) / 1000 if spans else 0.0
+    took = [each.committed for each in found["distributions"] if each.key.metric.name == "shard_ms"]
+    if not spans or not took:
+        return {}
+    return {
+        "values": sum(values),
+        "span_s": (max(span.max for span in spans) - min(span.min for span in spans)) / 1000,
+        "shard_s": sum(each.sum for each in took) / 1000,
+        "longest_s": max(each.max for each in took) / 1000,
+    }

@@ -6,6 +6,7 @@ killed, and deals the shards out before it starts: whoever gets the largest one 
 """
 
 import json
+import logging
 import os
 import re
 import time
@@ -25,7 +26,7 @@ from featurestore.catalog import Catalog, Change, Entry, Snapshot
 from featurestore.corpora import QUARANTINE
 from featurestore.errors import AlignmentError, BraidError, BudgetExceeded, InputError
 from featurestore.storage import Storage
-from pipelines import dataflow, portable_runner
+from pipelines import dataflow, log, portable_runner
 from pipelines.beam_options import given
 from pipelines.workers import Work, Workers
 
@@ -79,18 +80,25 @@ class InFlight(beam.DoFn):
     `SHARDS_IN_FLIGHT` in a process, so that reading, computing and writing of neighbours overlap. With more than one process
     here, whichever is free takes the next task: a large shard holds up nothing but itself.
 
+    Metrics, in the stage's namespace: counters `shards` and `rejected` (of all, those taken up from an earlier run too) and
+    `values` (computed now); distributions `shard_ms` (what each took) and `span_ms` (times at which they begin and end).
+
     Args:
-        stage: names the metrics: counter `values`, distribution `span_ms` (times at which tasks begin and end).
+        job: stage and name, as in `encode image`.
         work: what is done; opened once a process, however many copies of this DoFn the runner makes.
         processes: worker processes of this machine to do it in; 1 is the runner's own.
     """
 
     SHARDS_IN_FLIGHT = 2
 
-    def __init__(self, stage: str, work: Work, processes: int = 1) -> None:
-        self._work, self._processes = work, processes
+    def __init__(self, job: str, work: Work, processes: int = 1) -> None:
+        self._job, self._work, self._processes = job, work, processes
         self._shared = Shared()
+        stage = job.partition(" ")[0]
         self._values = Metrics.counter(stage, "values")
+        self._shards = Metrics.counter(stage, "shards")
+        self._rejected = Metrics.counter(stage, "rejected")
+        self._shard_ms = Metrics.distribution(stage, "shard_ms")
         self._span_ms = Metrics.distribution(stage, "span_ms")
 
     def setup(self) -> None:
@@ -111,7 +119,7 @@ class InFlight(beam.DoFn):
 
     def start_bundle(self) -> None:
         """Begins with nothing in flight."""
-        self._flight: set[Future[Result]] = set()
+        self._flight: set[Future[tuple[Result, float]]] = set()
 
     def process(self, task: Any) -> Iterator[Result]:
         """Starts a task; waits where enough are in flight."""
@@ -126,15 +134,29 @@ class InFlight(beam.DoFn):
             for done in self._landed():
                 yield GlobalWindows.windowed_value(done)
 
-    def _do(self, task: Any) -> Result:
-        done: Result = self._opened.do(task) if isinstance(self._opened, Workers) else self._work.do(self._opened, task)
-        return done
+    def _do(self, task: Any) -> tuple[Result, float]:
+        begun = time.monotonic()
+        try:
+            opened = self._opened
+            made: Result = opened.do(task) if isinstance(opened, Workers) else self._work.do(opened, task)
+        except Exception as error:
+            took, shard = time.monotonic() - begun, getattr(task, "shard", getattr(task, "key", None))
+            log.event(self._job, "shard failed", shard=shard, seconds=took, level=logging.ERROR, detail=error)
+            raise
+        took = time.monotonic() - begun
+        what = "shard adopted" if made.tried and not made.computed else "shard done"
+        log.event(self._job, what, shard=made.shard, values=made.computed, rejected=made.rejected, seconds=took)
+        return made, took
 
     def _landed(self) -> Iterator[Result]:
         done, self._flight = wait(self._flight, return_when=FIRST_COMPLETED)
+        # Counted here: a thread of our own has no metrics of Beam's.
         for each in done:
-            made = each.result()
+            made, took = each.result()
             self._values.inc(made.computed)
+            self._shards.inc()
+            self._rejected.inc(made.rejected)
+            self._shard_ms.update(round(took * 1000))
             self._span_ms.update(_now_ms())
             yield made
 
@@ -173,13 +195,23 @@ class _CommitFn(beam.DoFn):
         self._storage, self._job, self._scopes, self._budget, self._rows = storage, job, scopes, budget, rows
 
     def process(self, element: tuple[int, Iterable[Result]]) -> Iterable[int]:
+        begun = time.monotonic()
         # A bundle that was done twice has given its Results twice.
         results = list({each.shard: each for each in sorted(element[1], reverse=True)}.values())[::-1]
         catalog, scopes = Catalog(Storage.from_json(self._storage)), [Scope(*scope) for scope in self._scopes]
         check_budget(self._job, results, self._budget, before(catalog.snapshot(), scopes, results))
         made = changes(results, scopes, whole=self._rows is None)
         check_complete(self._job, made[0], self._rows)
-        yield catalog.commit(self._job, made)
+        version = catalog.commit(self._job, made)
+        log.event(
+            self._job,
+            "commit",
+            values=sum(each.tried for each in results),
+            rejected=sum(each.rejected for each in results),
+            seconds=time.monotonic() - begun,
+            detail=f"version {version}",
+        )
+        yield version
 
 
 def check_complete(job: str, change: Change, rows: int | None) -> None:

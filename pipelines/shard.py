@@ -212,7 +212,7 @@ class Shard(beam.PTransform):
     ) -> None:
         super().__init__()
         self._args = (storage.to_json(), json.dumps(corpus, sort_keys=True))
-        self._do_fn = InFlight("shard", ShardWork(*self._args), processes)
+        self._do_fn = InFlight(f"shard {corpus['name']}", ShardWork(*self._args), processes)
         self._ingest, self._ranges, self._version = ingest.key, ingest.ranges(corpus), version
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection:

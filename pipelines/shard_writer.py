@@ -3,6 +3,7 @@
 A shard is done when its rows are there: they name the tar, and its footer says what it was made from.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from featurestore.errors import DecodeError
 from featurestore.identity import ids_sha256, input_digest
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
+from pipelines.attempts import attempt
+from pipelines.decode_apart import DecodeApart
 from pipelines.quarantine import place_rejected, rejection
 from pipelines.runner import Result, result, typed
 from pipelines.sources import Sample, SampleRef, Value, open_source
@@ -86,12 +89,28 @@ class ShardWriter:
         self._folder = f"corpora/{corpus['name']}"
         self._done = storage.list(self._folder)
         self._source = open_source(corpus)
+        self._apart: DecodeApart | None = None
 
     def write(self, task: ShardTask) -> Result:
-        """The shard's tar, quarantine and rows."""
+        """The shard's tar, quarantine and rows.
+
+        Where an earlier attempt was cut off, values that are decoded here are so in another process: one that kills it is
+        quarantined as `killed_decoder`, or as `decoder_timeout` where it comes to no end.
+        """
         references = read_plan(self.storage, task)
         ids = ids_sha256(reference.id for reference in references)
-        return self._adopt(task, ids) or self._make(task, references, ids)
+        receipt = f"attempts/shard/{self.corpus['name']}/{task.key}"
+        done = self._adopt(task, ids)
+        if done is not None:
+            self.storage.delete(receipt)
+            return done
+        with attempt(self.storage, receipt) as again:
+            if not again:
+                return self._make(task, references, ids)
+            with DecodeApart() as apart:
+                careful = copy.copy(self)
+                careful._apart = apart
+                return careful._make(task, references, ids)
 
     def _adopt(self, task: ShardTask, ids: str) -> Result | None:
         """The Result of a shard that an earlier run finished: its rows are there, and so is the tar they name."""
@@ -140,7 +159,8 @@ class ShardWriter:
             "example": f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else "",
             "events": _events(table),
         }
-        return self._result(task.key, artefact.place_table(self.storage, table, stem, footer), footer)
+        made = self._result(task.key, artefact.place_table(self.storage, table, stem, footer), footer)
+        return made._replace(computed=made.tried)
 
     def _result(self, key: str, rows: artefact.Placed, footer: dict[str, Any]) -> Result:
         name, media = self.corpus["name"], artefact.Placed(*footer["media"])
@@ -235,7 +255,7 @@ class ShardWriter:
             if modality == "text":
                 raw.decode()
             if field in self.corpus.get("unviewed", ()):
-                media.check(modality, raw)
+                (self._apart or media.check)(modality, raw)
         except UnicodeDecodeError as error:
             return DecodeError("invalid_utf8", f"{value.source}: {error}")
         except DecodeError as error:

@@ -16,8 +16,9 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from featurestore.errors import WorkerDied
+from pipelines import log
 
-__all__ = ["Work", "Workers"]
+__all__ = ["Process", "Work", "Workers"]
 
 
 class Work(Protocol):
@@ -34,8 +35,8 @@ class Workers:
     """`processes` processes that do `at_once` tasks each. `do` may be called from as many threads as there are such places."""
 
     def __init__(self, work: Work, processes: int, at_once: int, threads: int) -> None:
-        self._processes = [_Process(work, at_once, threads) for _ in range(processes)]
-        self._free: SimpleQueue[tuple[_Process, Connection]] = SimpleQueue()
+        self._processes = [Process(work, at_once, threads) for _ in range(processes)]
+        self._free: SimpleQueue[tuple[Process, Connection]] = SimpleQueue()
         try:
             for process in self._processes:
                 process.wait_until_open()
@@ -76,8 +77,8 @@ class Workers:
             process.popen.wait()
 
 
-class _Process:
-    """One process; its `life` pair carries the work to it, and ends it when this side is gone."""
+class Process:
+    """One process with its `places`; its `life` pair carries the work to it, and ends it when this side is gone."""
 
     def __init__(self, work: Work, at_once: int, threads: int) -> None:
         pairs = [socket.socketpair() for _ in range(1 + at_once)]
@@ -97,14 +98,17 @@ class _Process:
         if error is not None:
             raise error
 
-    def death(self, shard: str) -> WorkerDied:
-        """How the process ended, in words."""
+    def ended(self) -> str:
+        """How the process ended, in words; waits for it."""
         status = self.popen.wait()
-        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
         why = " (the kernel does so where memory runs out)" if status == -signal.SIGKILL else ""
+        return f"by {signal.Signals(-status).name}{why}" if status < 0 else f"with exit status {status}"
+
+    def death(self, shard: str) -> WorkerDied:
+        """What is raised where the process ended."""
         return WorkerDied(
-            f"a worker process ended {how}{why}{f' while it was at shard {shard}' if shard else ''}; nothing was published and "
-            "what is done is kept: run it again"
+            f"a worker process ended {self.ended()}{f' while it was at shard {shard}' if shard else ''}; nothing was published "
+            "and what is done is kept: run it again"
         )
 
 
@@ -117,13 +121,22 @@ def _serve(work: Work, opened: Any, place: Connection) -> None:
         except Exception as error:
             error.add_note(f"in a worker process: {traceback.format_exc()}")
             raised = error
-        place.send((result, raised))
+        try:
+            place.send((result, raised))
+        except OSError:
+            return
+        except Exception as error:
+            # What was made, or raised, cannot be pickled; nothing of it was sent.
+            place.send(
+                (None, TypeError(f"{type(raised or result).__name__} cannot be sent to another process: {error}"))
+            )
 
 
 def main() -> None:
     """A worker process: opens the work it is sent, and does tasks until the other side is gone."""
     # Ctrl-C reaches the whole group: the process that asked decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    log.inherit()
     life, *places = (Connection(int(fd)) for fd in sys.argv[1:])
     work, threads = life.recv()
     try:
