@@ -3,11 +3,10 @@
 The worker that raised is another process, maybe in another language's runner: what arrives here is the text of its traceback.
 """
 
+import functools
 import logging
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import grpc  # type: ignore[import-untyped]
 from apache_beam.options.pipeline_options import (
@@ -24,7 +23,7 @@ from apache_beam.transforms.environments import Environment
 from featurestore import errors
 from featurestore.errors import BraidError, InputError, MissingExtra, WorkerDied
 
-__all__ = ["check", "quiet", "told"]
+__all__ = ["check", "told"]
 
 CONNECT_S = 30
 """How long to wait for the job service; a smaller `--job_server_timeout` (Beam's default: 300 s) sets another."""
@@ -46,6 +45,7 @@ def check(pipeline: Pipeline) -> None:
     elif options.job_endpoint is None:
         _require_server(name, pipeline.options)
     _require_environment(options)
+    quiet()
 
 
 def _reach(endpoint: str, timeout_s: float) -> None:
@@ -83,9 +83,11 @@ def _require_environment(options: PortableOptions) -> None:
         raise InputError(f"--environment_type {kind}, --environment_config {config!r}: {error}; {allowed}") from error
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps from the screen what Beam's client prints of a failed job besides raising it."""
+@functools.cache
+def quiet() -> None:
+    """Keeps from the screen what Beam's client prints of a failed job besides raising it; from now on, because its thread may
+    come to it after the job's error was raised.
+    """
 
     def told_anyway(record: logging.LogRecord) -> bool:
         return record.funcName != "read_messages"
@@ -94,14 +96,9 @@ def quiet() -> Iterator[None]:
         if args.thread is None or args.thread.name != "wait_until_finish_read":
             before(args)
 
-    root, before = logging.getLogger(), threading.excepthook
-    root.addFilter(told_anyway)
+    before = threading.excepthook
+    logging.getLogger().addFilter(told_anyway)
     threading.excepthook = hook
-    try:
-        yield
-    finally:
-        root.removeFilter(told_anyway)
-        threading.excepthook = before
 
 
 def told(error: Exception) -> BraidError | None:

@@ -293,9 +293,8 @@ class Job:
     def run(self) -> Any:
         """Runs to the end and returns Beam's result; a BraidError of a worker is raised as itself."""
         try:
-            with portable_runner.quiet():
-                outcome = self.pipeline.run()
-                outcome.wait_until_finish()
+            outcome = self.pipeline.run()
+            outcome.wait_until_finish()
         except BraidError as error:
             raise _without_step(error) from error.__cause__
         except Exception as error:

@@ -51,7 +51,7 @@ def empty(made: Made, folder: Path) -> Made:
 
 
 def options(cluster: Cluster) -> list[str]:
-    return ["--runner=DaskRunner", f"--dask_client_address={cluster.address}"]
+    return [RUNNER, f"--dask_client_address={cluster.address}"]
 
 
 class _Told(NamedTuple):
@@ -232,7 +232,9 @@ def test_the_whole_run_by_the_command_line_is_the_local_runners_store(
         "run",
         str(made.spec),
         "--",
-        *options(cluster),
+        "--runner",
+        "DaskRunner",
+        *options(cluster)[1:],
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=JOB_S)
     assert done.returncode == 0, done.stdout + done.stderr + cluster.logs()

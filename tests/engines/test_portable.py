@@ -67,7 +67,7 @@ def s3() -> Iterator[dict[str, object]]:
         server.start()
         host, port = server.get_host_and_port()
         options = {"endpoint": f"http://{host}:{port}", "region": "eu-west-1", "allow_http": True}
-        Storage(uri="s3://shelf/x", **options).fs.mkdir("shelf")
+        Storage(uri="s3://engines/x", **options).fs.mkdir("engines")
         yield options
         server.stop()
 
@@ -128,7 +128,7 @@ def test_a_flow_through_loopback_into_a_bucket_gives_the_local_runners_digest(
     flow: Made, service: JobService, s3: dict[str, object], tmp_path: Path
 ) -> None:
     spec = tmp_path / "spec.yaml"
-    spec.write_text(flow_spec(flow.corpus, "s3://shelf/flow", **s3))
+    spec.write_text(flow_spec(flow.corpus, "s3://engines/flow", **s3))
     said = braid("run", spec, "--", *service.args("LOOPBACK"))
     assert said.status == 0, said.err
     assert FeatureStore(load(spec).store).digest() == flow.open().digest()
@@ -152,7 +152,7 @@ def test_every_environment_makes_the_small_corpus_with_the_local_runners_digest(
     store = f"{{uri: {tmp_path / 'store'}}}"
     if where == "bucket":
         name = environment.partition(":")[0].lower()
-        store = json.dumps({"uri": f"s3://shelf/{name}", **s3})
+        store = json.dumps({"uri": f"s3://engines/{name}", **s3})
     spec.write_text(small.spec.read_text().replace(f"{{uri: {small.store}}}", store))
     said = braid("run", spec, "--", *service.args(environment, pool if environment == "EXTERNAL" else None))
     assert said.status == 0, said.err
