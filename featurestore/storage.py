@@ -169,6 +169,16 @@ class Storage(BaseModel):
                 with self.scratch() as folder:
                     _place(Path(shutil.copyfile(local_path, folder / "copy")), Path(target))
 
+    def touch(self, key: str) -> None:
+        """Make an empty object. On a local disk it outlives its process, not a power cut: nothing waits for the disk."""
+        target = self._path(key)
+        with self._errors("write", key):
+            if self.is_local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                Path(target).touch()
+            else:
+                self.fs.pipe_file(target, b"")
+
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Give an empty local folder, removed at the end: where an artefact is written before it is `put`.

@@ -8,6 +8,7 @@ Batches form from the data alone (by size of the raw value, then id; images by i
 on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus, member_header,
 from featurestore.errors import AlignmentError, DecodeError
 from featurestore.identity import DIGEST_BYTES, input_digest, row_digest
 from featurestore.storage import Storage
+from pipelines.attempts import attempt
+from pipelines.decode_apart import DecodeApart
 from pipelines.quarantine import place_rejected, rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, result, typed
 
@@ -128,6 +131,7 @@ class ShardEncoder:
             "field": plan.field,
             "encoder": {**self.encoder.card(), "fingerprint": fingerprint},
         }
+        self._apart: DecodeApart | None = None
         self._pool = ThreadPoolExecutor(threads)
         self._done = storage.list(folder(plan))
 
@@ -139,8 +143,24 @@ class ShardEncoder:
         self.encoder.load()
 
     def encode(self, task: EncodeTask) -> Result:
-        """The shard's quarantine and view file; one that an earlier run finished is taken as it is."""
-        return self.adopt(task) or self.make(task)
+        """The shard's quarantine and view file; one that an earlier run finished is taken as it is.
+
+        Where an earlier attempt was cut off, values are decoded in another process: one that kills it is quarantined as
+        `killed_decoder`, or as `decoder_timeout` where it comes to no end. Nothing guards against a value that kills the
+        model's forward.
+        """
+        receipt = f"attempts/encode/{self.plan.name}/{self.plan.recipe}/{task.shard}"
+        done = self.adopt(task)
+        if done is not None:
+            self.storage.delete(receipt)
+            return done
+        with attempt(self.storage, receipt) as again:
+            if not again:
+                return self.make(task)
+            with DecodeApart(self.plan.encoder, self.plan.options) as apart:
+                careful = copy.copy(self)
+                careful._apart = apart
+                return careful.make(task)
 
     def adopt(self, task: EncodeTask) -> Result | None:
         """The Result of a shard that an earlier run finished, or None."""
@@ -237,7 +257,7 @@ class ShardEncoder:
 
     def _decode(self, raw: bytes) -> Any:
         try:
-            return self.encoder.decode(raw)
+            return self.encoder.decode(raw) if self._apart is None else self._apart(raw)
         except DecodeError as error:
             return error
 
@@ -336,7 +356,7 @@ class Encode(beam.PTransform):
     ) -> None:
         super().__init__()
         self._hints = hints or {}
-        self._do_fn = InFlight("encode", EncodeWork(storage.to_json(), plan), processes)
+        self._do_fn = InFlight(f"encode {plan.name}", EncodeWork(storage.to_json(), plan), processes)
 
     def expand(self, tasks: beam.PCollection) -> beam.PCollection:
         """PCollection of EncodeTask -> PCollection of Result."""

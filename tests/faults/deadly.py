@@ -1,0 +1,63 @@
+"""A decoder that really dies: every Python that finds the written `sitecustomize.py` decodes one value to its end.
+
+The value is a good sound of the corpus, so that the store of an undisturbed run says what all others must come out as.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from featurestore.store import FeatureStore
+
+__all__ = ["HANG", "OUT_OF_MEMORY", "SEGFAULT", "deadly_folder", "set_deadly", "sound_of"]
+
+SEGFAULT = "ctypes.string_at(0)"
+OUT_OF_MEMORY = "held = [bytearray(1 << 24) for _ in iter(int, 1)]"
+HANG = "time.sleep(3600)"
+
+_SITECUSTOMIZE = """
+import ctypes, hashlib, os, resource, time
+from featurestore import media
+
+decode_audio = media.decode_audio
+
+def deadly(raw, *args, **kwargs):
+    if hashlib.sha256(raw).hexdigest() == {sha256!r}:
+        open({struck!r}, "a").write(f"{{os.getpid()}}\\n")
+        {deed}
+    return decode_audio(raw, *args, **kwargs)
+
+media.decode_audio = deadly
+{prepare}
+"""
+
+
+def sound_of(store: FeatureStore) -> tuple[str, str, bytes]:
+    """(Id, shard, bytes) of a sound in the middle of the corpus."""
+    corpus = store.corpus("planted")
+    present = store.view("loud").to_arrow(["present"])
+    rows = [row for row, held in enumerate(present["present"].to_pylist()) if held]
+    sample_id = store.view("loud").to_arrow()["id"][rows[len(rows) // 2]].as_py()
+    shard, row = corpus.locate(sample_id)
+    raw = corpus.value(shard, row, "sound")
+    assert raw is not None
+    return sample_id, shard, raw
+
+
+def deadly_folder(folder: Path, raw: bytes, deed: str, prepare: str = "") -> Path:
+    """Writes what goes onto PYTHONPATH; `struck` beside it has a line for each process that came to the value."""
+    folder.mkdir()
+    text = _SITECUSTOMIZE.format(
+        sha256=hashlib.sha256(raw).hexdigest(), struck=str(folder / "struck"), deed=deed, prepare=prepare
+    )
+    (folder / "sitecustomize.py").write_text(text)
+    return folder
+
+
+def set_deadly(patch: pytest.MonkeyPatch, folder: Path, raw: bytes, deed: str) -> Path:
+    """The same for the processes that are started from here; this one is left as it is."""
+    made = deadly_folder(folder, raw, deed)
+    patch.setenv("PYTHONPATH", str(made), prepend=os.pathsep)
+    return made

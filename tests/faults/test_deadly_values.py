@@ -1,0 +1,201 @@
+"""A value that kills the process which decodes it: the next attempt quarantines it, and nothing else is lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from featurestore import artefact
+from featurestore.corpora import QUARANTINE
+from featurestore.errors import BudgetExceeded, WorkerDied
+from featurestore.storage import Storage
+from featurestore.store import FeatureStore
+from featurestore.verify import verify
+from featurestore.views import VIEW
+from jobs import plan
+from jobs.report import rejected
+from jobs.run import Runner
+from jobs.spec import load
+from pipelines import decode_apart, encode, shard_writer
+from tests.conftest import Made
+from tests.engines.dask_cluster import Cluster
+from tests.faults.deadly import HANG, OUT_OF_MEMORY, SEGFAULT, deadly_folder, set_deadly, sound_of
+from tests.planted import SHARD_ROWS
+
+BY_SEGFAULT = ("killed_decoder", "the decoder's process ended by SIGSEGV")
+
+
+def sounds_spec(made: Made, folder: Path, budget: str = "5%") -> Path:
+    """The small corpus with one view of it, `loud`, in a store that is still to be made."""
+    spec = folder / "spec.yaml"
+    spec.write_text(f"""\
+version: 1
+store: {{uri: {folder / "store"}}}
+corpus:
+  name: planted
+  source: {{type: manifest, path: {made.corpus}/manifest.jsonl}}
+  columns: {{id: id, group: group, event_timestamp: added}}
+  fields:
+    caption: {{modality: text, from: caption}}
+    sound: {{modality: audio, from: sound_path}}
+  shard_rows: {SHARD_ROWS}
+  failure_budget: {budget}
+views:
+  loud: {{field: sound, encoder: log-mel, options: {{batch_size: 32}}}}
+""")
+    return spec
+
+
+def run(spec: Path, workers: int = 1, *beam_args: str) -> None:
+    Runner(load(spec), Console(quiet=True), beam_args, workers).run()
+
+
+def braid_run(spec: Path, deadly: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", "from jobs.cli import main; main()", "run", str(spec)]
+    env = os.environ | {"PYTHONPATH": str(deadly)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def check(small: Made, folder: Path, reason: tuple[str, str]) -> None:
+    """The store is that of an undisturbed run but for the one value, and says so; no receipt is left."""
+    whole, store = small.open(), FeatureStore(folder / "store")
+    sample_id, shard, _ = sound_of(whole)
+    assert store.storage.list("attempts") == {}
+    (row,) = rejected(store, "planted")
+    assert (row["id"], row["field"], row["stage"]) == (sample_id, "sound", "encode")
+    assert (row["reason"], row["detail"]) == reason
+    expected, found = whole.view("loud").to_arrow(), store.view("loud").to_arrow()
+    at = expected["id"].to_pylist().index(sample_id)
+    assert found["miss_reason"][at].as_py() == reason[0]
+    assert found["embedding"][at].as_py() is None
+    others = [each for each in range(len(expected)) if each != at]
+    assert found.take(others).equals(expected.take(others))
+    made, files = (
+        {entry.shard: entry.sha256 for entry in each.snapshot.entries(VIEW, "loud")} for each in (whole, store)
+    )
+    assert {key for key in made if made[key] != files.get(key)} == {shard}
+    assert verify(store.storage).ok
+
+
+def test_a_run_that_a_value_killed_goes_on_without_it(small: Made, tmp_path: Path) -> None:
+    _, shard, raw = sound_of(small.open())
+    spec, deadly = sounds_spec(small, tmp_path), deadly_folder(tmp_path / "deadly", raw, SEGFAULT)
+    first = braid_run(spec, deadly)
+    assert first.returncode == -11, first.stdout + first.stderr
+    left = Storage.of(tmp_path / "store").list("attempts")
+    assert 1 <= len(left) <= 2
+    assert any(key.startswith("attempts/encode/loud/") and key.endswith(f"/{shard}") for key in left)
+    second = braid_run(spec, deadly)
+    assert second.returncode == 0, second.stdout + second.stderr
+    check(small, tmp_path, BY_SEGFAULT)
+
+
+def test_a_worker_that_a_value_killed_is_told_and_the_next_run_goes_on_without_it(
+    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, raw = sound_of(small.open())
+    set_deadly(monkeypatch, tmp_path / "deadly", raw, SEGFAULT)
+    spec = sounds_spec(small, tmp_path, budget="1%")
+    with pytest.raises(
+        WorkerDied, match=r"a worker process ended by SIGSEGV while it was at shard [0-9a-f-]+; nothing"
+    ):
+        run(spec, workers=2)
+    # Such a value counts as any other that was rejected.
+    with pytest.raises(BudgetExceeded, match=r"1 of 36 values were rejected \(2\.78%\).*ended by SIGSEGV"):
+        run(spec, workers=2)
+    run(sounds_spec(small, tmp_path))
+    check(small, tmp_path, BY_SEGFAULT)
+
+
+def test_a_dask_job_goes_through_by_itself(small: Made, tmp_path: Path) -> None:
+    _, _, raw = sound_of(small.open())
+    deadly = deadly_folder(tmp_path / "deadly", raw, SEGFAULT)
+    spec = sounds_spec(small, tmp_path)
+    with Cluster(tmp_path / "dask", env={"PYTHONPATH": str(deadly)}) as cluster:
+        for name in "ab":
+            cluster.add_worker(name)
+        run(spec, 1, "--runner=DaskRunner", f"--dask_client_address={cluster.address}")
+        ended = [process.poll() for process in cluster.workers.values()]
+        assert sorted(ended, key=str) == [-11, None], cluster.logs()
+    check(small, tmp_path, BY_SEGFAULT)
+
+
+@pytest.mark.slow
+def test_a_value_that_takes_all_memory_is_quarantined_by_the_next_run(small: Made, tmp_path: Path) -> None:
+    _, _, raw = sound_of(small.open())
+    limit = "resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, resource.RLIM_INFINITY))"
+    deadly = deadly_folder(tmp_path / "deadly", raw, OUT_OF_MEMORY, limit)
+    spec = sounds_spec(small, tmp_path)
+    first = braid_run(spec, deadly)
+    assert first.returncode == 1
+    assert "MemoryError" in first.stderr
+    second = braid_run(spec, deadly)
+    assert second.returncode == 0, second.stdout + second.stderr
+    killed = "the decoder's process ended by SIGKILL (the kernel does so where memory runs out)"
+    check(small, tmp_path, ("killed_decoder", killed))
+
+
+@pytest.mark.slow
+def test_a_value_that_comes_to_no_end_is_quarantined_once_somebody_killed_the_run(
+    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, raw = sound_of(small.open())
+    deadly = set_deadly(monkeypatch, tmp_path / "deadly", raw, HANG)
+    spec = sounds_spec(small, tmp_path)
+    command = [sys.executable, "-c", "from jobs.cli import main; main()", "run", str(spec)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        while not (deadly / "struck").exists():
+            assert first.poll() is None
+        first.kill()
+    monkeypatch.setattr(decode_apart, "TIMEOUT_S", 2.0)
+    run(spec)
+    check(small, tmp_path, ("decoder_timeout", "the decoder had come to no end after 2 s"))
+
+
+def test_a_shard_left_by_a_killed_run_is_adopted_and_its_receipt_goes(small: Made, tmp_path: Path) -> None:
+    """Killed after the last write, before the receipt was removed."""
+    made = small.copy_to(tmp_path)
+    store = made.open()
+    entry = store.snapshot.entries(VIEW, "loud")[0]
+    receipt = f"attempts/encode/loud/{entry.recipe}/{entry.shard}"
+    files, before = store.storage.list("views"), store.digest()
+    store.storage.touch(receipt)
+    (planned,) = [each for each in plan.view_plans(load(made.spec)) if each.name == "loud"]
+    worker = encode.ShardEncoder(store.storage, planned, threads=1)
+    tasks = encode.stale(store.snapshot, planned, {})
+    (task,) = [each for each in tasks if each.shard == entry.shard]
+    assert worker.encode(task).computed == 0
+    assert store.storage.list("attempts") == {}
+    assert (store.storage.list("views"), made.open().digest()) == (files, before)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_sound_that_no_view_decodes_is_checked_apart_after_a_kill(
+    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    sample_id, key, raw = sound_of(small.open())
+    made = small.copy_to(tmp_path)
+    storage = made.open().storage
+    (cuts,) = storage.list("corpora/planted/plans")
+    task = shard_writer.ShardTask(key, cuts, artefact.file_sha256(made.store / cuts), int(key.rpartition("-")[2]))
+    corpus = plan.corpus_dict(load(made.spec)) | {"unviewed": ["sound"]}
+    whole = {each[4]: each[7] for each in json.loads(shard_writer.ShardWriter(storage, corpus).write(task).entries)}
+    for path in whole:
+        storage.delete(path)
+    set_deadly(monkeypatch, tmp_path / "deadly", raw, SEGFAULT)
+    if again:
+        storage.touch(f"attempts/shard/planted/{key}")
+    result = shard_writer.ShardWriter(storage, corpus).write(task)
+    entries = json.loads(result.entries)
+    assert storage.list("attempts") == {}
+    if not again:  # this process is spared: the same bytes as before
+        assert {each[4]: each[7] for each in entries} == whole
+        return
+    assert result.rejected == 1
+    (placed,) = [each for each in entries if each[0] == QUARANTINE]
+    (row,) = artefact.read_table(storage.read(placed[4])).to_pylist()
+    assert (row["id"], row["field"], row["stage"], row["reason"]) == (sample_id, "sound", "shard", "killed_decoder")

@@ -1,0 +1,114 @@
+"""A child process decodes as the encoder does here, and whatever a value does to it is said of that value alone."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featurestore import encoders, media
+from featurestore.errors import DecodeError
+from pipelines import decode_apart
+from pipelines.decode_apart import DecodeApart
+from tests.contract.test_encoders import VALUES, sound
+from tests.faults.deadly import HANG, OUT_OF_MEMORY, SEGFAULT, set_deadly
+
+BAD, GOOD = sound(440, 0.5), sound(220, 0.5)
+
+
+@pytest.mark.parametrize("key", encoders.keys())
+def test_values_come_out_as_the_encoder_decodes_them_here(key: str) -> None:
+    encoder = encoders.find(key)
+    with DecodeApart(key) as apart:
+        for raw in VALUES[encoder.modality]:
+            here, there = encoder.decode(raw), apart(raw)
+            assert type(there) is type(here)
+            assert np.array_equal(there, here)
+
+
+def test_what_the_decoder_refuses_is_refused_in_its_words() -> None:
+    for decode, value in ((DecodeApart("log-mel"), (b"no sound",)), (DecodeApart(), ("image", b"no image"))):
+        with decode as apart, pytest.raises(DecodeError) as there:
+            apart(*value)
+        with pytest.raises(DecodeError) as here:
+            encoders.find("log-mel").decode(*value) if len(value) == 1 else media.check(*value)
+        assert str(there.value) == str(here.value)
+
+
+@pytest.mark.parametrize(
+    ("deed", "reason", "detail"),
+    [
+        (SEGFAULT, "killed_decoder", "the decoder's process ended by SIGSEGV"),
+        (
+            OUT_OF_MEMORY,
+            "killed_decoder",
+            "the decoder's process ended by SIGKILL (the kernel does so where memory runs out)",
+        ),
+        (HANG, "decoder_timeout", "the decoder had come to no end after 1 s"),
+    ],
+)
+def test_a_deadly_value_is_named_after_two_tries_and_the_next_one_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deed: str, reason: str, detail: str
+) -> None:
+    monkeypatch.setattr(decode_apart, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(decode_apart, "MEMORY_BYTES", 1 << 28)
+    struck = set_deadly(monkeypatch, tmp_path / "deadly", BAD, deed) / "struck"
+    with DecodeApart("log-mel") as apart:
+        apart(GOOD)
+        with pytest.raises(DecodeError) as caught:
+            apart(BAD)
+        assert (caught.value.reason, caught.value.detail) == (reason, detail)
+        pids = struck.read_text().split()
+        assert len(set(pids)) == 2
+        assert str(os.getpid()) not in pids
+        assert np.array_equal(apart(GOOD), encoders.find("log-mel").decode(GOOD))
+
+
+def test_a_child_that_somebody_else_killed_costs_no_value() -> None:
+    with DecodeApart("log-mel") as apart:
+        before = apart(GOOD)
+        assert apart._process is not None
+        os.kill(apart._process.popen.pid, signal.SIGKILL)
+        assert np.array_equal(apart(GOOD), before)
+
+
+def test_the_kernel_ends_the_child_first() -> None:
+    with DecodeApart("log-mel") as apart:
+        apart(GOOD)
+        assert apart._process is not None
+        assert Path(f"/proc/{apart._process.popen.pid}/oom_score_adj").read_text().strip() == "1000"
+
+
+def test_threads_take_turns_and_at_the_end_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    struck = set_deadly(monkeypatch, tmp_path / "deadly", BAD, HANG) / "struck"
+    raised: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            apart(BAD)
+        except RuntimeError as error:
+            raised.append(error)
+
+    with DecodeApart("log-mel") as apart:
+        with ThreadPoolExecutor(4) as pool:
+            assert len({value.tobytes() for value in pool.map(lambda _: apart(GOOD), range(8))}) == 1
+        waiting: Any = threading.Thread(target=ask)
+        waiting.start()
+        while not struck.exists():
+            time.sleep(0.01)
+        begun = time.monotonic()
+    waiting.join()
+    assert time.monotonic() - begun < 5
+    assert "has ended" in str(raised[0])
+    assert apart._process is None
+
+
+def test_no_child_is_started_where_nothing_is_decoded() -> None:
+    with DecodeApart() as apart:
+        pass
+    assert apart._process is None
