@@ -65,6 +65,8 @@ class EncodeTask(NamedTuple):
 def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[EncodeTask]:
     """The shards of the corpus that the view lacks, or of which a file (its quarantine too) is gone or has another size.
 
+    The largest tar comes first: a large shard that begins last is waited for alone.
+
     Args:
         snapshot: the catalog.
         plan: the view.
@@ -72,11 +74,12 @@ def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[E
     """
     corpus = Corpus(snapshot, plan.corpus)
     todo = _unmade(snapshot, plan, listing)
-    tars = snapshot.table(MEDIA, plan.corpus, None, ("shard", "path", "sha256"))
+    tars = snapshot.table(MEDIA, plan.corpus, None, ("shard", "path", "sha256", "bytes"))
     tars = tars.take(pc.index_in(todo["shard"], tars["shard"]))
     for shard in todo["shard"].filter(pc.is_null(tars["shard"])):
         corpus.media(shard.as_py())
-    columns = [*todo.columns, tars["path"], tars["sha256"]]
+    order = pc.sort_indices(tars["bytes"], sort_keys=[("", "descending")])
+    columns = [column.take(order) for column in (*todo.columns, tars["path"], tars["sha256"])]
     return [EncodeTask(*task) for task in zip(*(column.to_pylist() for column in columns), strict=True)]
 
 

@@ -167,6 +167,13 @@ def test_a_shard_is_stale_without_a_row_or_its_file_or_where_its_input_is_anothe
     assert len(encode.stale(bench.broken.snapshot(), other, bench.storage.list("views"))) == 5
 
 
+def test_the_largest_shard_is_the_first_to_do(bench: Bench) -> None:
+    before = [task.shard for task in bench.tasks()]
+    large = bench.broken.entry(MEDIA, "planted", 3)
+    bench.broken.commit(large, large._replace(bytes=10**9))
+    assert [task.shard for task in bench.tasks()] == [before[3], *before[:3], before[4]]
+
+
 def encoding(worker: encode.ShardEncoder, monkeypatch: pytest.MonkeyPatch, change: Any) -> list[int]:
     """Puts `change` over what the encoder gives; returns the sizes of the batches that it was asked for."""
     asked: list[int] = []
