@@ -88,7 +88,7 @@ class BaseEncoder(ABC):
 
     @abstractmethod
     def decode(self, raw: bytes) -> Any:
-        """Turn bytes into one value for `encode`; needs no model.
+        """Turn bytes into one value for `encode`, which can be pickled: it may come from another process; needs no model.
 
         Raises:
             DecodeError: the bytes are not a value of this modality; a reason of `featurestore.media`.

@@ -124,6 +124,15 @@ def test_existence_is_of_objects_not_folders(store: Storage) -> None:
     assert not store.exists("a/1/2")
 
 
+def test_an_empty_object_is_made_and_made_again(store: Storage) -> None:
+    for _ in range(2):
+        store.touch("notes/a/b")
+        assert store.list("notes") == {"notes/a/b": 0}
+    with pytest.raises(InputError, match="not a key"):
+        store.touch("../b")
+    store.delete("notes/a/b")
+
+
 def test_deleting_twice_is_no_error(store: Storage) -> None:
     put_bytes(store, "a/1", b"x")
     store.delete("a/1")

@@ -12,7 +12,7 @@ import pytest
 
 from featurestore.catalog import Catalog
 from featurestore.corpora import ROWS
-from featurestore.errors import BraidError, InputError, WorkerDied
+from featurestore.errors import BraidError, DecodeError, InputError, WorkerDied
 from featurestore.storage import Storage
 from jobs.run import Runner
 from jobs.spec import load
@@ -31,10 +31,14 @@ class Sleep(NamedTuple):
             raise InputError("cannot be opened")
         return {"threads": threads}
 
-    def do(self, opened: dict[str, Any], task: tuple[str, float]) -> tuple[str, int, int, float, float]:
+    def do(self, opened: dict[str, Any], task: tuple[str, float]) -> tuple[Any, ...]:
         name, seconds = task
         if name == "bad":
             raise BraidError("bad task")
+        if name == "rejected":
+            raise DecodeError("empty", "0 bytes")
+        if name == "unsendable":
+            return (threading.Lock(),)
         (Path(self.folder) / name).write_text(str(os.getpid()))
         begun = time.monotonic()
         time.sleep(seconds)
@@ -74,6 +78,15 @@ def test_an_error_comes_back_as_itself_with_where_it_was_raised(workers: Workers
         workers.do(("bad", 0))
     assert str(caught.value) == "bad task"
     assert "in a worker process" in caught.value.__notes__[0]
+    assert workers.do(("good", 0))[0] == "good"
+
+
+def test_a_rejection_comes_back_whole_and_what_cannot_is_told(workers: Workers) -> None:
+    with pytest.raises(DecodeError, match="empty: 0 bytes") as caught:
+        workers.do(("rejected", 0))
+    assert (caught.value.reason, caught.value.detail) == ("empty", "0 bytes")
+    with pytest.raises(TypeError, match=r"tuple cannot be sent to another process: cannot pickle '_thread\.lock'"):
+        workers.do(("unsendable", 0))
     assert workers.do(("good", 0))[0] == "good"
 
 
