@@ -275,13 +275,35 @@ def get(
 
 
 @app.command()
-def status(store: Store, version: Version = None) -> None:
-    """Say what a store holds, what was rejected and why, and its digest."""
-    opened = _store(store, version)
+def status(
+    store: Store,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it anew until all that the spec names is committed, or Ctrl-C.")
+    ] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two looks of --watch.", min=0.1)] = 5.0,
+    version: Version = None,
+) -> None:
+    """Say how far each job is, by shards, what was rejected and where it came from, and what the store holds."""
     from jobs.report import status_lines
 
     console = _say()
-    for line in status_lines(opened):
+    if version is None:
+        from jobs import status as progress
+
+        is_spec = store.endswith((".yaml", ".yml"))
+        looked = progress.Status(_storage(store), _spec(Path(store)) if is_spec else None)
+        spec = store if is_spec else "SPEC"
+        if watch:
+            progress.watch(looked, console, every, spec)
+            return
+        seen = looked.look()
+        for line in seen.lines(spec):
+            console.print(line, markup=False)
+        if seen.version < 0:
+            return
+    elif watch:
+        raise InputError(f"--watch --version {version}: an earlier version does not change; leave one of them out")
+    for line in status_lines(_store(store, version)):
         console.print(line, markup=False)
 
 

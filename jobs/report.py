@@ -1,13 +1,22 @@
 """What a store holds, in figures: samples, values per field, what was rejected and why."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from featurestore.artefact import read_checked, read_table
+from featurestore.builds import INDEX
 from featurestore.corpora import QUARANTINE
 from featurestore.errors import AlignmentError
 from featurestore.store import FeatureStore
+from featurestore.views import VIEW
+
+_PREFIXES = 10
+"""So many folders that rejected values came from are named, for each reason."""
 
 
 def counted(count: int, what: str) -> str:
@@ -52,24 +61,54 @@ def field_counts(store: FeatureStore, corpus: str) -> dict[str, dict[str, int]]:
     return counts
 
 
+def prefix(source: str | None) -> str:
+    """The folder (or bucket) that a value came from; a value that stood in the manifest itself came from that."""
+    source = source or "?"
+    return source.rpartition("/")[0] or source
+
+
+def tried(lineage: pa.ChunkedArray) -> int:
+    """How many values were tried, summed over the lineages of a corpus's or a view's shards."""
+    # Of a million shards hardly any two differ: each is parsed once.
+    each = pc.value_counts(lineage).to_pylist()
+    return sum(count["counts"] * int(json.loads(count["values"]).get("tried", 0)) for count in each)
+
+
+def rejection_lines(job: str, counts: Counter[tuple[str, str, str]], of: int | None) -> Iterator[str]:
+    """What a job rejected, by reason and by the folders that most of it came from; `of` so many values tried."""
+
+    def share(count: int) -> str:
+        return f"{count} ({count / of:.2%})" if of else str(count)
+
+    total = counts.total()
+    yield f"rejected by {job}: " + (f"{total} of {of} values ({total / of:.2%})" if of else counted(total, "value"))
+    reasons: dict[tuple[str, str], Counter[str]] = {}
+    for (field, reason, source), count in counts.items():
+        reasons.setdefault((field, reason), Counter())[source] += count
+    for (field, reason), sources in sorted(reasons.items()):
+        yield f"  {field}, {reason}: {share(sources.total())}"
+        ranked = sorted(sources.items(), key=lambda each: (-each[1], each[0]))
+        for source, count in ranked[:_PREFIXES]:
+            yield f"    from {source}: {share(count)}"
+        if left := ranked[_PREFIXES:]:
+            yield f"    from {counted(len(left), 'other folder')}: {share(sum(count for _, count in left))}"
+
+
 def status_lines(store: FeatureStore) -> Iterator[str]:
-    """A store in words, for `braid status`."""
-    yield f"{store.storage.uri}, version {store.version}, digest {store.digest()}"
+    """A store in words, from its catalog and the cards of its builds: no shard is read."""
+    yield f"version {store.version}, digest {store.digest()}"
     for name in store.corpora():
         corpus = store.corpus(name)
         yield f"corpus {name}: {counted(corpus.rows, 'sample')} in {counted(len(corpus.shards), 'shard')}"
-        for field, counts in field_counts(store, name).items():
-            yield "  " + f"{field}: " + ", ".join(f"{count} {what}" for what, count in counts.items())
-        for (stage, field, reason), count in sorted(Counter(_causes(store, name)).items()):
-            yield f"  rejected at {stage}: {field}, {reason}: {count}"
     for name in store.views():
-        view = store.view(name)
-        yield f"view {name}: {counted(view.rows, 'row')} × {view.dim} float32, {view.encoder['key']} of {view.field}"
+        table = store.snapshot.table(VIEW, name, None, ("rows", "lineage"))
+        about = store.snapshot.entries(VIEW, name)[0].info()
+        bad = pc.sum(store.snapshot.table(QUARANTINE, f"encode/{name}", None, ("rows",))["rows"]).as_py() or 0
+        made = f"{about['encoder']['dim']} float32, {about['encoder']['key']} of {about['field']}"
+        rows, values = pc.sum(table["rows"]).as_py(), tried(table["lineage"])
+        yield f"view {name}: {counted(rows, 'row')} × {made}: {values - bad} present, {bad} rejected"
     for name in store.indexes():
-        yield f"index {name}: {counted(store.index(name).card['rows'], 'vector')}, {store.index(name).card['factory']}"
+        card = store.card(INDEX, name)
+        yield f"index {name}: {counted(card['rows'], 'vector')}, {card['factory']}"
     for name in store.training_sets():
         yield f"training set {name}: {store.training_set(name)}"
-
-
-def _causes(store: FeatureStore, corpus: str) -> Iterator[tuple[str, str, str]]:
-    return ((row["stage"], row["field"], row["reason"]) for row in rejected(store, corpus))

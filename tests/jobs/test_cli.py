@@ -184,11 +184,19 @@ def test_plan_run_and_status_of_a_whole_store(braid: Braid, small: Made) -> None
     said = braid("status", small.store)
     assert f"version {store.version}, digest {store.digest()}" in said.out
     assert "corpus planted: 48 samples in 6 shards" in said.out
-    assert "  sound: 36 present, 12 missing, 0 quarantined" in said.out
-    assert "view loud: 48 rows × 128 float32, log-mel of sound" in said.out
+    assert "view loud: 48 rows × 128 float32, log-mel of sound: 36 present, 0 rejected" in said.out
     assert "index other: 36 vectors, Flat" in said.out
     assert "training set heard: " in said.out
-    assert braid("status", small.spec).out == said.out
+    assert "all that the spec names" not in said.out, "a store alone does not know"
+    told = braid("status", small.spec).out
+    assert "encode  loud     6 of 6 shards committed\n" in told
+    assert told.count(" committed\n") == 11
+    assert "all that the spec names is committed\n" in told
+    assert told[told.index("version ", told.index("digest") - 20) :] in said.out
+    assert braid("status", small.store, "--version", "1").out.splitlines()[1:] == [
+        "corpus planted: 48 samples in 6 shards"
+    ]
+    refused(braid("status", small.store, "--watch", "--version", "1"), 2, "an earlier version does not change")
 
 
 def test_plan_names_what_is_stale_and_run_and_one_stage_do_it(braid: Braid, small: Made, tmp_path: Path) -> None:

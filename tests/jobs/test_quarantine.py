@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from featurestore.corpora import QUARANTINE
 from featurestore.encoders import log_mel
 from featurestore.errors import BudgetExceeded
 from featurestore.store import FeatureStore
-from jobs.report import field_counts, rejected, status_lines
+from jobs.report import field_counts, rejected
 from jobs.run import Runner
 from jobs.spec import load
+from jobs.status import Status
 from pipelines.encode import ShardEncoder
 from pipelines.shard_writer import ShardWriter
 from tests.conftest import Made
@@ -128,11 +130,24 @@ def test_a_view_says_why_a_row_has_no_vector(planted: Planted, store: FeatureSto
             assert rows[row["id"]]["present"] == (reason is None) == (rows[row["id"]]["embedding"] is not None)
 
 
-def test_status_counts_rejected_values_by_reason(store: FeatureStore) -> None:
-    lines = "\n".join(status_lines(store))
-    assert "rejected at encode: image, decode_error: 2" in lines
-    assert "rejected at encode: image, too_large: 1" in lines
-    assert "rejected at shard: note, invalid_utf8: 1" in lines
+def test_status_counts_rejected_values_by_reason_and_folder_as_shares_of_those_tried(
+    planted: Planted, store: FeatureStore
+) -> None:
+    seen = Status(store.storage).look()
+    counts = {each.name: each.counts for each in seen.rejections}
+    folders = {"image": "images", "sound": "sounds", "caption": "manifest.jsonl", "note": "notes"}
+    assert sum(counts.values(), Counter()) == Counter(
+        (field, reason, folders[field]) for (_, field), reason in planted.expected.items()
+    )
+    tried = {each.name: each.tried for each in seen.rejections}
+    for view in ("image", "sound"):
+        there = sum(row[f"{view}_path"] is not None for row in planted.rows)
+        early = sum(key[1] == view and reason in AT_SHARD for key, reason in planted.expected.items())
+        assert tried[view] == there - early
+    lines = list(seen.lines())
+    assert f"  image, decode_error: 2 ({2 / tried['image']:.2%})" in lines
+    assert f"    from images: 2 ({2 / tried['image']:.2%})" in lines
+    assert f"rejected by shard planted: 5 of {tried['planted']} values ({5 / tried['planted']:.2%})" in lines
 
 
 def test_a_text_that_is_not_utf8_is_kept_nowhere_else(planted: Planted, store: FeatureStore) -> None:
