@@ -186,7 +186,7 @@ def _two_workers(folder: Path) -> list[Bar]:
 def _steady(store: Path) -> float:
     """Shards per second between the first shard that was done and the last."""
     done = sorted(path.stat().st_mtime for path in store.glob("views/*/*/*.parquet"))
-    if len(done) != SAMPLES // SHARD_ROWS:
+    if len(done) != len(list(store.glob("corpora/*/*.tar"))):
         raise RuntimeError(f"{len(done)} shards were encoded")
     return (len(done) - 1) / (done[-1] - done[0])
 
@@ -243,7 +243,7 @@ def _overhead(folder: Path) -> list[Bar]:
             cpu=_rounded([each["bare"][1] / each["beam"][1] for each in rounds]),
             bare_s=_rounded([each["bare"][0] for each in rounds]),
             beam_s=_rounded([each["beam"][0] for each in rounds]),
-            shards=OVERHEAD_SAMPLES // SHARD_ROWS,
+            shards=len(tasks),
             load=load,
         )
     ]
