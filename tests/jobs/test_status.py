@@ -1,5 +1,6 @@
 """What `braid status` says while a job runs, before the first commit, after a kill and at the end; and the logs beside it."""
 
+import io
 import json
 import os
 import re
@@ -11,14 +12,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import apache_beam as beam
 import pytest
+from rich.console import Console
 
+from featurestore.errors import StoreError
 from featurestore.storage import Storage
+from jobs.run import Runner
 from jobs.spec import load
-from jobs.status import Progress, Seen, Status
+from jobs.status import Progress, Seen, Status, watch
+from pipelines.encode import EncodeTask
 from pipelines.log import FIELDS
+from pipelines.runner import InFlight, Job, Result
+from tests.conftest import Made
 from tests.planted import write_planted
 
 BRAID = str(Path(sys.executable).with_name("braid"))
@@ -316,3 +324,89 @@ def test_figures_of_a_run_in_the_text_format_of_prometheus(story: Story) -> None
         assert figures["braid_job_shards", job] == SAMPLES
         assert 0 < figures["braid_job_longest_shard_seconds", job] <= figures["braid_job_busy_seconds", job]
     assert not list(story.figures.parent.glob(".run.prom*"))
+
+
+@pytest.fixture
+def copy(small: Made, tmp_path: Path) -> Made:
+    return small.copy_to(tmp_path)
+
+
+def spec_status(copy: Made) -> Seen:
+    return Status(Storage.of(str(copy.store)), load(copy.spec)).look()
+
+
+def test_an_ingest_that_was_cut_off_before_the_source_changed_is_nothing_to_go_on_with(copy: Made) -> None:
+    for path in (copy.store / "corpora" / "planted").rglob("*.parquet"):
+        first = path.name.partition("-")[0]
+        shutil.copy(path, path.with_name(path.name.replace(first, "0" * 12)))
+    seen = spec_status(copy)
+    assert seen.complete
+    (shown,) = [each for each in Status(Storage.of(str(copy.store))).look().steps if each.stage == "shard"]
+    assert shown == ("shard", "planted", 6, 6, 12, ""), "without a spec nobody can say"
+
+
+def test_a_grown_corpus_shows_what_the_new_ingest_has_written(copy: Made) -> None:
+    manifest = copy.corpus / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    new = [row | {"id": f"new/{number}"} for number, row in enumerate(rows[:9])]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows + new))
+    catalog = shutil.copytree(copy.store / "catalog", copy.store.with_name("before"))
+    Runner(load(copy.spec), Console(quiet=True)).run(("shard",))
+    grown = spec_status(copy)
+    assert step(grown, "planted", "shard") == ("shard", "planted", 8, 0, 8, "")
+    assert step(grown, "loud") == ("encode", "loud", 6, 0, 8, "")
+    assert str(step(grown, "loud")) == "6 of 8 shards committed"
+    assert str(step(grown, "heard", "fuse")) == "waits for loud, timbre"
+    shutil.rmtree(copy.store / "catalog")
+    shutil.move(catalog, copy.store / "catalog")
+    for seen in (spec_status(copy), Status(Storage.of(str(copy.store))).look()):
+        assert step(seen, "planted", "shard") == ("shard", "planted", 6, 2, 8, "")
+        assert str(step(seen, "planted", "shard")) == "8 of 8 shards written, 6 of them committed"
+        assert not seen.complete
+
+
+def test_a_lost_file_and_another_option_are_seen(copy: Made) -> None:
+    (copy.store / copy.open().view("short").files()[0]).unlink()
+    seen = spec_status(copy)
+    assert step(seen, "short") == ("encode", "short", 5, 0, 6, "")
+    assert str(step(seen, "other", "index")) == "waits for other, short"
+    copy.spec.write_text(copy.spec.read_text().replace("n_mfcc: 8", "n_mfcc: 7"))
+    assert step(spec_status(copy), "short") == ("encode", "short", 0, 0, 6, "")
+    Runner(load(copy.spec), Console(quiet=True)).run(("encode",))
+    assert step(spec_status(copy), "short") == ("encode", "short", 6, 0, 6, "")
+    shown = Status(Storage.of(str(copy.store))).look().steps
+    assert [str(each) for each in shown if each.name.startswith("short (recipe ")] == [
+        "5 of 6 shards written, not committed"
+    ]
+
+
+def test_on_a_terminal_the_same_lines_are_drawn_anew(copy: Made) -> None:
+    screen = io.StringIO()
+    storage = Storage.of(str(copy.store))
+    watch(Status(storage, load(copy.spec)), Console(file=screen, force_terminal=True, width=120), 0.1)
+    assert "all that the spec names is committed" in screen.getvalue()
+    _, *again = screen.getvalue().split("encode  loud")
+    assert all("\x1b[1A\x1b[2K" in each for each in again[:-1]), "what stands there is erased first"
+    assert "\x1b[?25h" in again[-1], "the cursor is back"
+
+
+class Fails(NamedTuple):
+    def open(self, threads: int) -> None: ...
+
+    def do(self, opened: None, task: EncodeTask) -> Result:
+        raise StoreError("no room")
+
+
+def test_a_shard_that_fails_is_told_with_its_error(caplog: pytest.LogCaptureFixture) -> None:
+    task = EncodeTask("0001-00000-00000", "", 0, "", "", "", "")
+    with pytest.raises(StoreError, match="no room"):
+        (
+            Job().pipeline
+            | beam.Create([task]).with_output_types(EncodeTask)
+            | beam.ParDo(InFlight("encode loud", Fails()))
+        ).pipeline.run()
+    (record,) = [each for each in caplog.records if each.name == "braid.encode"]
+    assert record.levelname == "ERROR"
+    assert re.fullmatch(r"encode loud: shard failed 0001-00000-00000: [\d.]+ s: no room", record.getMessage())
+    told: dict[str, Any] = vars(record)["braid"]
+    assert (told["job"], told["shard"], told["event"]) == ("encode loud", "0001-00000-00000", "shard failed")
