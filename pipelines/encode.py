@@ -379,7 +379,7 @@ def build(
     scopes = [Scope(views.VIEW, plan.name, plan.recipe), Scope(QUARANTINE, f"encode/{plan.name}", plan.recipe)]
     (
         job.pipeline
-        | "Tasks" >> beam.Create(tasks).with_output_types(EncodeTask)
+        | "Tasks" >> beam.Create(tasks, reshuffle=False).with_output_types(EncodeTask)
         | "Encode" >> Encode(storage, plan, job.workers, hints)
         | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget, sum(task.rows for task in tasks))
     )

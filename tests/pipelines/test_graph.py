@@ -154,10 +154,7 @@ def test_results_with_the_longest_lineage_are_descriptors_too(made: Made) -> Non
 def test_what_crosses_a_shuffle_is_coded_in_rows_and_never_pickled(stages: dict[str, list[Crossing]]) -> None:
     for found in stages.values():
         for crossing in found:
-            # Create spreads its elements as the bytes that their own coder made of them.
-            assert crossing.coder in {"row", "kv(varint,row)"} or (
-                crossing.coder == "bytes" and crossing.step.startswith("Tasks/")
-            ), crossing
+            assert crossing.coder in {"row", "kv(varint,row)"}, crossing
 
 
 def results(*counts: tuple[int, int]) -> list[Result]:
