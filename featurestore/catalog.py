@@ -26,6 +26,8 @@ from featurestore.storage import Storage
 
 FOLDER = "catalog"
 _COMMIT_ATTEMPTS = 30
+_DESCRIPTION = "Braid store, format 1"
+"""Stands in the table's metadata: what another version of Braid wrote in another way is told, not misread."""
 
 
 class Entry(NamedTuple):
@@ -256,6 +258,7 @@ class Catalog:
                 self._uri,
                 SCHEMA,
                 mode="ignore",
+                description=_DESCRIPTION,
                 storage_options=self._options,
                 configuration={
                     "delta.enableExpiredLogCleanup": "false",
@@ -294,7 +297,13 @@ class Catalog:
 
     def _open(self, version: int | None = None) -> DeltaTable:
         try:
-            return DeltaTable(self._uri, version=version, storage_options=self._options)
+            table = DeltaTable(self._uri, version=version, storage_options=self._options)
+            if (found := table.metadata().description) != _DESCRIPTION:
+                raise StoreError(
+                    f"{self.storage.uri}: its catalog says {found!r}, this Braid reads {_DESCRIPTION!r}: read it with the "
+                    "version that wrote it, or name another store and run the spec again"
+                )
+            return table
         except TableNotFoundError:
             raise NotFound(
                 f"{self.storage.uri} holds no Braid store; `braid run SPEC` makes one, or correct the address"

@@ -1,11 +1,11 @@
 """Searching an index of a store, across modalities, and opening what was found."""
 
 import base64
-import contextlib
 import html
 import io
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MODALITIES = ("text", "image", "audio")
+
+_T = TypeVar("_T")
 
 
 class Hit(NamedTuple):
@@ -44,30 +46,35 @@ class Hit(NamedTuple):
 
     @property
     def image(self) -> "Image.Image | None":
-        """The sample's picture (RGB), or None."""
+        """The sample's picture (RGB); None where it has none, or one that cannot be decoded (it is in quarantine)."""
         from featurestore.media import decode_image
 
-        raw = self.raw("image")
-        return decode_image(raw) if raw is not None else None
+        return self._decoded("image", decode_image)
 
     @property
     def text(self) -> str | None:
-        """The sample's text, or None."""
+        """The sample's text, or None as of `image`."""
         from featurestore.media import decode_text
 
-        raw = self.raw("text")
-        return decode_text(raw) if raw is not None else None
+        return self._decoded("text", decode_text)
 
     @property
     def audio(self) -> tuple[np.ndarray, int] | None:
-        """The sample's sound as (float32 [frames] mono, sample rate in Hz as stored), or None."""
+        """The sample's sound as (float32 [frames] mono, sample rate in Hz as stored), or None as of `image`."""
         from featurestore.media import decode_audio, sample_rate_of
 
-        raw = self.raw("audio")
-        if raw is None:
+        def decode(raw: bytes) -> tuple[np.ndarray, int]:
+            rate = sample_rate_of(raw)
+            return decode_audio(raw, rate), rate
+
+        return self._decoded("audio", decode)
+
+    def _decoded(self, modality: str, decode: Callable[[bytes], _T]) -> _T | None:
+        raw = self.raw(modality)
+        try:
+            return decode(raw) if raw is not None else None
+        except DecodeError:
             return None
-        rate = sample_rate_of(raw)
-        return decode_audio(raw, rate), rate
 
     def raw(self, modality: str) -> bytes | None:
         """The bytes of the sample's field of a modality: the one that was found, else the first that it has."""
@@ -75,16 +82,13 @@ class Hit(NamedTuple):
 
     def _repr_html_(self) -> str:
         parts = [f"<b>{html.escape(self.id)}</b> {self.score:.3f} <i>{html.escape(self.view)}</i>"]
-        # A value in quarantine is not shown.
-        with contextlib.suppress(DecodeError):
-            if (picture := self.image) is not None:
-                picture.thumbnail((128, 128))
-                buffer = io.BytesIO()
-                picture.save(buffer, "PNG")
-                encoded = base64.b64encode(buffer.getvalue()).decode()
-                parts.append(f'<img src="data:image/png;base64,{encoded}">')
-        with contextlib.suppress(DecodeError):
-            parts.append(html.escape(self.text or ""))
+        if (picture := self.image) is not None:
+            picture.thumbnail((128, 128))
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            encoded = base64.b64encode(buffer.getvalue()).decode()
+            parts.append(f'<img src="data:image/png;base64,{encoded}">')
+        parts.append(html.escape(self.text or ""))
         sound = self.raw("audio")
         if sound is not None and len(sound) < 1 << 20:
             parts.append(f'<audio controls src="data:;base64,{base64.b64encode(sound).decode()}"></audio>')

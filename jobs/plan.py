@@ -55,11 +55,14 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
     """What the source holds that the store does not.
 
     Raises:
+        StoreError: a file of the stored corpus is gone.
         InputError: samples changed since they were stored, or the corpus's fields did: an ingest only adds.
     """
     corpus = corpus_dict(spec)
     name, source = corpus["name"], open_source(corpus)
     _check_settings(snapshot, corpus)
+    if name in snapshot.names(ROWS):
+        _check_whole(snapshot, name)
     known = shard.known_etags(snapshot, name)
     found = (
         shard.scan(source, known, shard.same_content(Corpus(snapshot, name), source))
@@ -203,23 +206,23 @@ def _count(snapshot: Snapshot, kind: str, name: str, recipe: str | None = None) 
 def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
     found, corpus = ingest(spec, snapshot), corpus_dict(spec)
     gone = f"; no longer in the source, and kept: {counted(found.gone, 'sample')}" if found.gone else ""
-    missing = [] if not found.known else _missing(snapshot, corpus["name"])
-    if missing:
-        raise StoreError(
-            f"corpus {corpus['name']!r}: {counted(len(missing), 'file')} gone or of another size, e.g. {missing[0]}: the raw "
-            "data of a store cannot be made again from itself; restore them, or shard into a new store"
-        )
     if not found.samples:
         return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored{gone}")
     why = f"{counted(found.samples, 'new sample')}{gone}"
     return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, why)
 
 
-def _missing(snapshot: Snapshot, name: str) -> list[str]:
+def _check_whole(snapshot: Snapshot, name: str) -> None:
+    """StoreError where a file of a stored corpus is gone or has another size."""
     listing = snapshot.storage.list(f"corpora/{name}") | snapshot.storage.list(f"quarantine/shard/{name}")
     scopes = ((ROWS, name), (MEDIA, name), (QUARANTINE, f"shard/{name}"))
     tables = [lost(snapshot.table(*scope, columns=("path", "bytes")), listing) for scope in scopes]
-    return [path for table in tables for path in table["path"].to_pylist()]
+    missing = [path for table in tables for path in table["path"].to_pylist()]
+    if missing:
+        raise StoreError(
+            f"corpus {name!r}: {counted(len(missing), 'file')} gone or of another size, e.g. {missing[0]}: the raw data of a "
+            "store cannot be made again from itself; restore them, or shard into a new store"
+        )
 
 
 def _encode_steps(spec: Spec, snapshot: Snapshot, corpus_state: str) -> Iterator[Step]:

@@ -291,7 +291,9 @@ def _kept_column(values: list[Any]) -> pa.Array:
         return pa.array(values, pa.bool_())
     if kinds == {int} and all(abs(value) < 1 << 63 for value in values if value is not None):
         return pa.array(values, pa.int64())
-    if kinds <= {int, float}:
+    if kinds == {float} or (
+        kinds <= {int, float} and all(abs(value) < 1 << 63 for value in values if value is not None)
+    ):
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
     return pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in values])
 

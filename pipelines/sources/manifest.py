@@ -39,7 +39,7 @@ class InlineText(NamedTuple):
 
     def fetch(self) -> bytes:
         """Its bytes as they stood in the manifest, valid UTF-8 or not."""
-        return self.text.encode("utf-8", "surrogateescape")
+        return _as_read(self.text)
 
 
 class FileValue(NamedTuple):
@@ -52,11 +52,11 @@ class FileValue(NamedTuple):
         """The file's bytes; DecodeError `unreadable` or `too_large`."""
         try:
             fs, path = _filesystem(self.uri)
-            size = int(fs.info(path)["size"] or 0)
-            if size > MAX_VALUE_BYTES:
-                raise too_large(size)
-            content: bytes = fs.cat_file(path)
-        except (OSError, ValueError) as error:
+            content = _content(fs, path)
+        except (DecodeError, MemoryError):
+            raise
+        except Exception as error:
+            # An object store's client raises classes of five packages, none of them ours to import here.
             raise DecodeError("unreadable", f"{self.source}: {_reason(error)}") from error
         return content
 
@@ -123,7 +123,7 @@ class Manifest:
 
     def _id_and_group(self, row: dict[str, Any], where: str) -> tuple[str, str]:
         sample_id = check_id(row.get(self._names["id"]), where)
-        group = row.get(self._names.get("group", ""))
+        group = row.get(self._names["group"]) if "group" in self._names else None
         return sample_id, check_id(group, f"{where}: group") if group is not None else sample_id
 
     def _times(self, row: dict[str, Any], where: str) -> dict[str, int | None]:
@@ -133,7 +133,7 @@ class Manifest:
         try:
             fs, path = _filesystem(uri)
             info = fs.info(path)
-        except (OSError, ValueError):
+        except Exception:
             return 0, "unreadable"
         return int(info.get("size") or 0), str(info.get("ETag") or info.get("etag") or info.get("mtime"))
 
@@ -165,7 +165,9 @@ class Manifest:
                         f"{where}: found {sample_id!r} where planning saw {reference.id!r}: the manifest changed "
                         "while the job ran; run it again"
                     )
-                columns = {name: _printable(value) for name, value in row.items() if name not in self._taken}
+                columns = {
+                    _printable(name): _printable(value) for name, value in row.items() if name not in self._taken
+                }
                 columns |= self._times(row, where)
                 yield Sample(sample_id, group, reference.etag, columns, self._values(row))
 
@@ -192,12 +194,40 @@ class Manifest:
 
 def _printable(value: Any) -> Any:
     """A kept column's value; bytes of a text that are not UTF-8 become U+FFFD, since a table cannot hold them."""
-    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
+    return _as_read(value).decode("utf-8", "replace") if isinstance(value, str) else value
+
+
+def _as_read(text: str) -> bytes:
+    """A text of the manifest in the bytes that it stood there in, valid UTF-8 or not."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # Half a pair, as JSON's escapes may write one: no UTF-8 either.
+        return text.encode("utf-8", "surrogatepass")
+
+
+def _content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+    """All of a file, read up to the limit where its size is not known."""
+    info = fs.info(path)
+    if info["type"] != "file":
+        raise ValueError(f"no file but a {info['type'] if info['type'] != 'other' else 'device or pipe'}")
+    if size := int(info.get("size") or 0):
+        if size > MAX_VALUE_BYTES:
+            raise too_large(size)
+        content: bytes = fs.cat_file(path)
+        return content
+    with fs.open(path, "rb") as file:
+        content = file.read(MAX_VALUE_BYTES + 1)
+    if len(content) > MAX_VALUE_BYTES:
+        raise too_large(len(content))
+    return content
 
 
 def _reason(error: Exception) -> str:
     """What kept a file from being read, without folders of this machine: equal corpora give equal quarantines anywhere."""
-    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

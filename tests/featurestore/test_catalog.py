@@ -222,3 +222,15 @@ def test_a_file_that_is_gone_is_told_when_it_is_read(catalog: Catalog) -> None:
 
 def test_no_changes_make_no_version(catalog: Catalog) -> None:
     assert catalog.commit("job", []) == catalog.snapshot().version
+
+
+def test_a_store_of_another_format_is_told_and_not_misread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = Catalog(Storage.of(tmp_path))
+    with monkeypatch.context() as older:
+        older.setattr("featurestore.catalog._DESCRIPTION", "Braid store, format 0")
+        catalog.create()
+        assert catalog.snapshot().version == 0
+    with pytest.raises(
+        StoreError, match=r"says 'Braid store, format 0', this Braid reads 'Braid store, format 1': .* name another"
+    ):
+        catalog.snapshot()

@@ -301,6 +301,12 @@ class _Sample:
         return self._values.get(modality)
 
 
+def test_a_hit_with_values_that_cannot_be_decoded_opens_the_others() -> None:
+    sample = _Sample(text=b"   ", image=b"no picture", audio=b"no sound")
+    hit = Hit("a", 0.5, "v", {}, sample)  # type: ignore[arg-type]
+    assert (hit.text, hit.image, hit.audio) == (None, None, None)
+
+
 def test_a_hit_shows_itself_in_a_notebook_and_nothing_in_it_is_obeyed() -> None:
     picture = io.BytesIO()
     Image.new("RGB", (400, 300), "red").save(picture, "PNG")

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from featurestore.artefact import file_sha256
-from featurestore.errors import InputError
+from featurestore.errors import InputError, StoreError
 from featurestore.store import FeatureStore
 from jobs import plan
 from jobs.run import Runner
@@ -203,3 +203,10 @@ def test_a_run_without_its_commits_takes_up_every_file_that_lies_there(
     monkeypatch.setattr(ShardEncoder, "make", None)
     assert run(copy.spec, ("shard", "encode"))[0] == {step for step in STEPS if step[0] in ("shard", "encode")}
     assert content(copy.store) == before
+
+
+def test_a_run_tells_a_raw_file_that_is_gone_as_the_plan_does(small: Made, tmp_path: Path) -> None:
+    copy = small.copy_to(tmp_path)
+    next(iter(sorted((copy.store / "corpora").rglob("*.tar")))).unlink()
+    with pytest.raises(StoreError, match=r"corpus 'planted': 1 file gone or of another size, e\.g\. corpora/planted/"):
+        Runner(load(copy.spec), Console(quiet=True)).run()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -398,6 +399,7 @@ class Fails(NamedTuple):
 
 
 def test_a_shard_that_fails_is_told_with_its_error(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="braid")  # whatever a command line run in this process has set
     task = EncodeTask("0001-00000-00000", "", 0, "", "", "", "")
     with pytest.raises(StoreError, match="no room"):
         (

@@ -1,15 +1,18 @@
 """Manifests as people have them: what is read all the same, and where what is wrong is said to stand."""
 
 import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from featurestore.errors import InputError
+from featurestore.errors import DecodeError, InputError
 from pipelines import shard
 from pipelines.sources import Sample, open_source
-from pipelines.sources.manifest import Manifest
+from pipelines.sources.manifest import FileValue, Manifest
 
 ROWS = [{"id": f"s{n}", "title": f"é {n}", "added": f"2026-01-0{n + 1}"} for n in range(4)]
 BOM = b"\xef\xbb\xbf"
@@ -81,3 +84,69 @@ def test_a_manifest_that_is_not_there_is_told_without_an_errno(tmp_path: Path) -
     (tmp_path / "m.jsonl").unlink()
     with pytest.raises(InputError, match=r"m\.jsonl cannot be read: No such file or directory; correct corpus\.source"):
         shard.scan(source, {})
+
+
+def test_half_a_surrogate_pair_spoils_only_the_value_it_stands_in(tmp_path: Path) -> None:
+    row = b'{"id": "h", "title": "cut \\ud83d", "more": "cut \\ud83d", "odd \\ud83d": 1, "added": "2026-01-01"}\n'
+    (found,) = samples(source_of(tmp_path, row))
+    assert {name: value for name, value in found.columns.items() if name != "event_timestamp"} == {
+        "more": "cut \ufffd\ufffd\ufffd",
+        "odd \ufffd\ufffd\ufffd": 1,
+    }
+    title = found.values["title"]
+    assert title is not None
+    with pytest.raises(UnicodeDecodeError):
+        title.fetch().decode()
+
+
+def test_a_column_without_a_name_is_no_group(tmp_path: Path) -> None:
+    (found,) = samples(source_of(tmp_path, b'{"id": "h", "title": "x", "": 7, "added": "2026-01-01"}\n'))
+    assert found.group == "h"
+
+
+def test_what_is_no_file_is_rejected_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, told in (
+        (f"{tmp_path}/pipe", "device or pipe"),
+        ("/dev/zero", "device or pipe"),
+        (str(tmp_path), "directory"),
+    ):
+        with pytest.raises(DecodeError, match=f"^unreadable: it: no file but a {told}"):
+            FileValue(path if "://" in path else f"file://{path}", "it").fetch()
+
+
+def test_what_a_client_raises_is_a_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    for uri in ("s3://bucket/a.png", "s3://"):
+        with pytest.raises(DecodeError, match=r"^unreadable: it: "):
+            FileValue(uri, "it").fetch()
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Never says how much comes: 20 bytes in all."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(bytes(range(20)))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_file_of_unknown_size_is_read_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        value = FileValue(f"http://127.0.0.1:{server.server_port}/a", "it")
+        assert value.fetch() == bytes(range(20))
+        monkeypatch.setattr("pipelines.sources.manifest.MAX_VALUE_BYTES", 8)
+        with pytest.raises(DecodeError, match=r"^too_large: 9 bytes"):
+            value.fetch()
+        server.shutdown()
