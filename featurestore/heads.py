@@ -5,6 +5,7 @@ single NaN is the column's mean. Labels are integer codes 0 to K-1, and a class 
 is fitted on. Everything runs on one thread, so a result is the same bits whatever the number of cores.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -43,6 +44,9 @@ within 0.01 of accuracy of 1e-2 or 0.3, for each of four views.)"""
 TOLERANCE = 1e-3
 """Largest slope of the mean loss at which a fit ends. (Against 1e-4, on two splits of the stamps: half the time, and
 no fusion's accuracy more than 0.006 away.)"""
+
+# Labels are classes here, however few samples each has; scikit-learn asks whether they are numbers to regress on.
+warnings.filterwarnings("ignore", r"The number of unique classes is greater than 50%", UserWarning)
 
 SMOOTHING = 1e-2
 """Share of the class prior mixed into every prediction: bounds what one sure and wrong head costs a fusion,

@@ -14,14 +14,19 @@ Reasons:
 | `invalid_utf8` | a text that is not UTF-8 |
 | `unsupported_format` | not one of the formats, pixel modes or sample rates that are decoded here |
 | `decode_error` | the codec refused: damaged, truncated, or samples that are not finite |
+
+What a codec has to say of bytes that it does decode (Pillow: `Corrupt EXIF data`) is silenced for the whole process
+when this module is imported, in every thread: nobody could act on it, and the bytes would choose what is on the screen.
 """
 
 import codecs
 import io
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +34,7 @@ from numpy.typing import NDArray
 from featurestore.errors import DecodeError
 
 if TYPE_CHECKING:
+    import soundfile
     from PIL import Image
 
 __all__ = ["REASONS", "decode_audio", "decode_image", "decode_text", "sniff_extension"]
@@ -46,6 +52,10 @@ MAX_SAMPLE_RATE = 384_000
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 AUDIO_FORMATS = ("OGG", "WAV", "WAVEX", "FLAC")
+
+# Once, here: warnings.catch_warnings around each value would be seen by the other threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def decode_text(raw: bytes) -> str:
@@ -101,7 +111,7 @@ def decode_audio(raw: bytes, sample_rate: int, max_seconds: float | None = None)
     """Decode to mono (the mean of the channels) and resample with soxr's HQ filter.
 
     Args:
-        raw: an OGG (Vorbis, Opus), WAV or FLAC file.
+        raw: an OGG (Vorbis, Opus), WAV or FLAC file; an ID3 tag before it is skipped.
         sample_rate: Hz of what comes out.
         max_seconds: decode no more than this from the start; None decodes everything.
 
@@ -110,19 +120,21 @@ def decode_audio(raw: bytes, sample_rate: int, max_seconds: float | None = None)
 
     Raises:
         DecodeError: any reason but `invalid_utf8`. A file longer than MAX_AUDIO_SECONDS is `too_large` even where
-            `max_seconds` would cut it.
+            `max_seconds` would cut it. A truncated file is a `decode_error`: of an OGG a stream whose last page is not
+            marked as its end, of a WAV a data chunk that says more bytes than there are, of a FLAC a missing frame
+            before `max_seconds`. A WAV written to a pipe, whose data chunk says 0xFFFFFFFF bytes (or 0, in a RIFF of
+            0 or 0xFFFFFFFF), does not know its length: what is there is played.
     """
-    import soundfile
     import soxr
 
-    _check_bytes(raw, MAX_MEDIA_BYTES)
-    _refuse_cut_audio(raw)
-    with _codec("audio"), soundfile.SoundFile(io.BytesIO(raw)) as source:
+    with _codec("audio"), _opened(raw) as source:
         frames, rate = source.frames, source.samplerate
         if source.format not in AUDIO_FORMATS:
             raise DecodeError("unsupported_format", f"{source.format}; allowed: {', '.join(AUDIO_FORMATS)}")
         if not 0 < rate <= MAX_SAMPLE_RATE:
             raise DecodeError("unsupported_format", f"{rate} Hz; allowed: 1 to {MAX_SAMPLE_RATE}")
+        if frames == _NO_LENGTH:
+            raise DecodeError("unsupported_format", f"a {source.format} that does not say how many samples it has")
         if frames > MAX_AUDIO_SECONDS * rate or source.channels > MAX_AUDIO_CHANNELS:
             raise DecodeError("too_large", f"{frames / rate:.0f} s of {source.channels} channels")
         if max_seconds is not None:
@@ -153,10 +165,7 @@ def check(modality: str, raw: bytes) -> None:
 
 def sample_rate_of(raw: bytes) -> int:
     """Frames a second, in Hz, that a sound file's header states; DecodeError where it has none to read."""
-    import soundfile
-
-    _check_bytes(raw, MAX_MEDIA_BYTES)
-    with _codec("audio"), soundfile.SoundFile(io.BytesIO(raw)) as source:
+    with _codec("audio"), _opened(raw) as source:
         return int(source.samplerate)
 
 
@@ -217,21 +226,70 @@ def _refuse_zero_png(raw: bytes) -> None:
         _check_pixels(int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big"))
 
 
-def _refuse_cut_audio(raw: bytes) -> None:
-    """Find the truncated WAV and OGG files that libsndfile plays up to the cut without a word.
+_UNKNOWN = 0xFFFFFFFF
+_NO_LENGTH = 2**63 - 1
+"""Frames, libsndfile's word for a FLAC whose header leaves its length out."""
+_MPEG_IN_WAV = (0x50, 0x55)
 
-    A WAV written to a pipe says 0 or 0xFFFFFFFF bytes, which means unknown. FLAC is checked after decoding.
+
+def _opened(raw: bytes) -> "soundfile.SoundFile":
+    """A sound file whose header is read; refused before if it is cut where libsndfile would play up to the cut.
+
+    MPEG sound is refused here too, because libmpg123 writes to the screen what it finds wrong with a file.
     """
-    declared = 0
-    if raw[:4] == b"RIFF":
-        size = int.from_bytes(raw[4:8], "little")
-        declared = 8 + size if 0 < size < 0xFFFFFFFF else 0
-    elif raw[:4] == b"OggS":
-        page = raw.rfind(b"OggS\0")
-        segments = raw[page + 27 : page + 27 + raw[page + 26]] if page + 26 < len(raw) else b""
-        declared = page + 27 + len(segments) + sum(segments)
-    if declared > len(raw):
-        raise DecodeError("decode_error", f"truncated: {len(raw)} of at least {declared} bytes")
+    import soundfile
+
+    _check_bytes(raw, MAX_MEDIA_BYTES)
+    if raw.startswith(b"ID3"):
+        # Ten bytes of header; the size in four of seven bits each (ID3v2.4, section 3.1).
+        size = sum((byte & 0x7F) << shift for byte, shift in zip(raw[6:10], (21, 14, 7, 0), strict=False))
+        raw = raw[10 + size :]
+    if raw.startswith(b"ID3") or (raw[:1] == b"\xff" and raw[1:2] >= b"\xe0"):
+        raise DecodeError("unsupported_format", f"MP3; allowed: {', '.join(AUDIO_FORMATS)}")
+    if raw.startswith(b"OggS"):
+        _refuse_cut_ogg(raw)
+    elif raw.startswith((b"RIFF", b"RIFX")):
+        raw = _checked_wav(raw)
+    return soundfile.SoundFile(io.BytesIO(raw))
+
+
+def _refuse_cut_ogg(raw: bytes) -> None:
+    """Every page must be whole, and the last page of every logical stream marked as its end (RFC 3533, section 6)."""
+    ended: dict[int, bool] = {}
+    end = 0
+    while (page := raw.find(b"OggS\0", end)) >= 0:
+        table = page + 27 + int.from_bytes(raw[page + 26 : page + 27])
+        end = table + sum(raw[page + 27 : table])
+        if max(table, end) > len(raw):
+            raise DecodeError("decode_error", f"truncated: {len(raw)} of at least {max(table, end)} bytes")
+        ended[int.from_bytes(raw[page + 14 : page + 18], "little")] = bool(raw[page + 5] & 4)
+    for stream, is_ended in ended.items():
+        if not is_ended:
+            raise DecodeError(
+                "decode_error",
+                f"truncated: the last page of stream {stream} is not marked as its end; if the sound is whole, mark it: "
+                "ffmpeg -i IN -c copy OUT",
+            )
+
+
+def _checked_wav(raw: bytes) -> bytes:
+    """The file, whose data chunk is whole or of unknown length, with the latter said in the one way libsndfile knows."""
+    order: Literal["little", "big"] = "little" if raw.startswith(b"RIFF") else "big"
+    unknown = int.from_bytes(raw[4:8], order) in (0, _UNKNOWN)
+    chunk = 12
+    while chunk + 8 <= len(raw):
+        name, size = raw[chunk : chunk + 4], int.from_bytes(raw[chunk + 4 : chunk + 8], order)
+        start = chunk + 8
+        if name == b"fmt " and int.from_bytes(raw[start : start + 2], order) in _MPEG_IN_WAV:
+            raise DecodeError("unsupported_format", "MPEG sound in a WAV")
+        if name == b"data":
+            if size == 0 and unknown:
+                return raw[: chunk + 4] + _UNKNOWN.to_bytes(4, order) + raw[start:]
+            if size != _UNKNOWN and start + size > len(raw):
+                raise DecodeError("decode_error", f"truncated: {len(raw)} of at least {start + size} bytes")
+            return raw
+        chunk = start + size + size % 2
+    return raw
 
 
 def _on_white(image: "Image.Image") -> "Image.Image":

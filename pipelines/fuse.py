@@ -45,7 +45,7 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
     """Assembles, certifies and places one training set.
 
     Raises:
-        InputError: no such label column, or a certificate that fails.
+        InputError: no such label column, none with a value in it, or a certificate that fails.
     """
     snapshot, chosen = Catalog(storage).snapshot(version), build.settings
     corpus = Corpus(snapshot, chosen["corpus"])
@@ -92,7 +92,13 @@ def _labelled(samples: pa.Table, label: str, corpus: Corpus) -> pa.ChunkedArray:
     columns = [name for name in samples.column_names if name not in {"shard", "row", "etag", *corpus.fields}]
     if label not in columns:
         raise InputError(f"corpus {corpus.name!r} has no column {label!r} to learn; it has: {', '.join(columns)}")
-    return pc.is_valid(samples[label])
+    labelled = pc.is_valid(samples[label])
+    if not pc.any(labelled).as_py():
+        raise InputError(
+            f"corpus {corpus.name!r}: none of its {len(samples)} samples has a value in the label column {label!r}; "
+            "fill it in the corpus, or give the training set another label"
+        )
+    return labelled
 
 
 def _weights(y: np.ndarray, folds: np.ndarray) -> np.ndarray:

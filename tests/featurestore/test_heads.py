@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -135,3 +139,24 @@ def test_wrong_arguments_are_refused():
         heads.fit_path(x, y, 3)
     with pytest.raises(InputError, match="no training rows"):
         heads.fit_path(x[:0], y[:0], 4)
+
+
+FEW_OF_EACH = """
+import numpy as np
+from featurestore import heads
+x = np.random.default_rng(0).normal(size=(30, 5))
+print(len(heads.logistic(x, np.arange(30) % 25, np.zeros(25), [1.0])))
+"""
+
+
+def test_classes_of_a_sample_or_two_are_classes_and_nothing_is_said_of_it():
+    from sklearn.linear_model import LogisticRegression
+
+    with pytest.warns(UserWarning, match="unique classes is greater than 50%"):
+        LogisticRegression().fit(np.zeros((30, 1)), np.arange(30) % 25)
+    # Each test has filters of its own, so what an import sets is seen in another process.
+    ended = subprocess.run(
+        [sys.executable, "-W", "always", "-c", FEW_OF_EACH],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60, check=True,
+    )  # fmt: skip
+    assert (ended.stdout, ended.stderr) == ("1\n", "")

@@ -2,9 +2,12 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +177,142 @@ def test_long_sound_is_cut_from_the_start() -> None:
 def test_half_a_sound_is_an_error(kind: str, subtype: str) -> None:
     raw = tone(kind, subtype, seconds=20)
     assert reason(media.decode_audio, raw[: len(raw) // 2], 16_000) == "decode_error"
+
+
+def pages(ogg: bytes) -> list[int]:
+    """Where the pages of an OGG begin, and where the last one ends."""
+    starts = [0]
+    while (page := starts[-1]) < len(ogg):
+        assert ogg.startswith(b"OggS\0", page)
+        segments = ogg[page + 27 : page + 27 + ogg[page + 26]]
+        starts.append(page + 27 + len(segments) + sum(segments))
+    return starts
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_cut_between_two_pages_is_an_error(subtype: str) -> None:
+    whole = tone("OGG", subtype, seconds=8)
+    starts = pages(whole)
+    assert len(starts) > 6
+    for cut in starts[1:-1]:
+        assert reason(media.decode_audio, whole[:cut], 16_000) == "decode_error"
+        # A few bytes of the next page's header, and a part of its table of segments.
+        for more in (3, 20, 27, 28):
+            assert reason(media.decode_audio, whole[: cut + more], 16_000) == "decode_error"
+
+
+def test_an_ogg_of_two_streams_is_cut_when_either_is() -> None:
+    first, second = (tone("OGG", "VORBIS", seconds=seconds) for seconds in (8, 4))
+    media.decode_audio(first + second, 16_000)
+    for cut in (first[: pages(first)[-2]] + second, first + second[: pages(second)[-2]]):
+        assert reason(media.decode_audio, cut, 16_000) == "decode_error"
+
+
+def test_bytes_after_an_oggs_end_are_no_part_of_it() -> None:
+    whole = tone("OGG", "VORBIS")
+    assert np.array_equal(media.decode_audio(whole + b"TAG" * 100, 16_000), media.decode_audio(whole, 16_000))
+
+
+def sized(raw: bytes, riff: int, data: int) -> bytes:
+    """A WAV with other sizes in the headers of its file and of its data."""
+    order = "<I" if raw.startswith(b"RIFF") else ">I"
+    at = raw.index(b"data") + 4
+    return raw[:4] + struct.pack(order, riff) + raw[8:at] + struct.pack(order, data) + raw[at + 4 :]
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("riff", [None, 0, 2**32 - 1])
+def test_a_wav_with_less_data_than_it_says_is_an_error(riff: int | None, *, big_endian: bool) -> None:
+    buffer = io.BytesIO()
+    endian = "BIG" if big_endian else "FILE"
+    soundfile.write(buffer, np.full(4000, 0.5), 16_000, format="WAV", subtype="PCM_16", endian=endian)
+    raw = buffer.getvalue()
+    assert len(media.decode_audio(raw, 16_000)) == 4000
+    for content, data in ((raw, 10**9), (raw, 8001), (raw[:-1], 8000), (raw[:1000], 8000)):
+        cut = sized(content, len(content) - 8 if riff is None else riff, data)
+        assert reason(media.decode_audio, cut, 16_000) == "decode_error"
+
+
+@pytest.mark.parametrize(("riff", "data"), [(2**32 - 1, 2**32 - 1), (0, 2**32 - 1), (0, 0), (2**32 - 1, 0)])
+def test_a_wav_from_a_pipe_does_not_know_its_length_and_is_played(riff: int, data: int) -> None:
+    raw = wav(np.full(4000, 0.5), subtype="PCM_16")
+    assert np.array_equal(media.decode_audio(sized(raw, riff, data), 16_000), media.decode_audio(raw, 16_000))
+
+
+def test_a_flac_cut_anywhere_is_an_error() -> None:
+    whole = tone("FLAC", "PCM_16")
+    # Every frame begins with this; what a coded sample looks like it too does no harm here.
+    frames = [at for at in range(len(whole)) if whole[at : at + 2] == b"\xff\xf8"]
+    assert len(frames) > 8
+    for cut in (*frames, len(whole) - 1):
+        assert reason(media.decode_audio, whole[:cut], 16_000) == "decode_error"
+
+
+def test_a_flac_without_a_length_says_so() -> None:
+    whole = bytearray(tone("FLAC", "PCM_16"))
+    # 36 bits of STREAMINFO, from the middle of byte 21 on.
+    whole[21:26] = bytes([whole[21] & 0xF0, 0, 0, 0, 0])
+    with pytest.raises(DecodeError, match="FLAC that does not say how many samples"):
+        media.decode_audio(bytes(whole), 16_000)
+
+
+TAG = b"ID3\x03\0\0\0\0\x01\x02" + bytes(130)
+
+
+@pytest.mark.parametrize("kind", [("OGG", "VORBIS"), ("WAV", "PCM_16"), ("FLAC", "PCM_16")])
+def test_a_tag_before_a_sound_changes_nothing(kind: tuple[str, str]) -> None:
+    whole = tone(*kind)
+    assert np.array_equal(media.decode_audio(TAG + whole, 16_000), media.decode_audio(whole, 16_000))
+    assert media.sample_rate_of(TAG + whole) == 48_000
+    assert reason(media.decode_audio, TAG + whole[:-1], 16_000) == "decode_error"
+
+
+def mpeg_in_wav(mpeg: bytes) -> bytes:
+    layout = struct.pack("<HHIIHHHHIHHH", 0x55, 2, 48_000, 16_000, 1, 0, 12, 1, 2, 1152, 1, 0)
+    chunks = b"fmt " + struct.pack("<I", len(layout)) + layout + b"data" + struct.pack("<I", len(mpeg)) + mpeg
+    return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WAVE" + chunks
+
+
+def test_damaged_mpeg_sound_is_refused_and_writes_nothing_on_the_screen(capfd: pytest.CaptureFixture[str]) -> None:
+    mpeg = tone("MP3", "MPEG_LAYER_III", seconds=2)
+    mpeg = mpeg[: len(mpeg) // 2] + b"x" * 2000
+    with suppress(soundfile.LibsndfileError):
+        soundfile.read(io.BytesIO(mpeg))
+    assert "Illegal Audio-MPEG-Header" in capfd.readouterr().err, "libmpg123 has nothing to say of this file"
+    for raw in (mpeg, TAG + mpeg, TAG + TAG + mpeg, mpeg_in_wav(mpeg)):
+        assert reason(media.decode_audio, raw, 16_000) == "unsupported_format"
+        assert reason(media.sample_rate_of, raw) == "unsupported_format"
+    assert capfd.readouterr() == ("", "")
+
+
+QUIET = """
+import sys
+import threading
+from featurestore.media import decode_image
+raw = sys.stdin.buffer.read()
+threads = [threading.Thread(target=decode_image, args=[raw]) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(decode_image(raw).size)
+import warnings
+warnings.warn("another's")
+"""
+
+
+def test_what_pillow_says_of_a_picture_is_not_on_the_screen() -> None:
+    raw = encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0")
+    with pytest.warns(UserWarning, match="Corrupt EXIF data"):
+        Image.open(io.BytesIO(raw)).getexif()
+    # Each test has filters of its own, so what an import sets is seen in another process.
+    ended = subprocess.run(
+        [sys.executable, "-W", "always", "-c", QUIET],
+        input=raw, capture_output=True, cwd=Path(__file__).parents[2], timeout=60, check=True,
+    )  # fmt: skip
+    assert ended.stdout == b"(64, 64)\n"
+    assert ended.stderr.startswith(b"<string>:13: UserWarning: another's")
+    assert b"EXIF" not in ended.stderr
 
 
 @pytest.mark.parametrize(
