@@ -29,12 +29,21 @@ WorkerCount = Annotated[
     int, typer.Option("--workers", min=1, help="Worker processes of this machine; each has its share of the cores.")
 ]
 LogJson = Annotated[
-    bool, typer.Option("--log-json", help="Log every event of the jobs to standard error, one line of JSON each.")
+    bool,
+    typer.Option(
+        "--log-json", help="Log every event of this machine's jobs and workers to standard error, a line of JSON each."
+    ),
 ]
 Store = Annotated[
     str, typer.Argument(metavar="STORE", help="A folder, s3://… or gs://…; or a spec, for the store it names.")
 ]
 Version = Annotated[int | None, typer.Option(help="Read this version instead of the newest.")]
+
+
+_INTERRUPTED_STATUS = 130
+_INTERRUPTED = (
+    "interrupted; run it again to go on from what is done (a job that a service was given goes on there: end it there)"
+)
 
 
 def main() -> None:
@@ -49,8 +58,13 @@ def main() -> None:
         # Beam raises an interrupt in a worker as a RuntimeError of its own.
         if isinstance(error, RuntimeError) and "KeyboardInterrupt" not in str(error):
             raise
-        _complain("interrupted; run it again to go on from what is done", "")
-        sys.exit(130)
+        _complain(_INTERRUPTED, "")
+        sys.exit(_INTERRUPTED_STATUS)
+    except SystemExit as ended:
+        # The parser takes an interrupt for itself, and says nothing.
+        if ended.code == _INTERRUPTED_STATUS:
+            _complain(_INTERRUPTED, "")
+        raise
     except BraidError as error:
         _complain(str(error), "error: ")
         sys.exit(2 if isinstance(error, InputError | NotFound) else 1)

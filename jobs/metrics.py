@@ -56,7 +56,8 @@ def prometheus(done: Iterable[Done]) -> Iterator[str]:
         for step in done:
             value = getattr(step, field)
             if value is not None:
-                labels = {"job": f"{step.stage} {step.name}", "stage": step.stage, "name": step.name}
+                # Not `job`: that label is the scraper's own.
+                labels = {"stage": step.stage, "name": step.name}
                 pairs = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
                 yield f"{metric}{{{pairs}}} {value}"
 

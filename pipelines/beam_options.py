@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -26,7 +27,22 @@ def given(args: Sequence[str]) -> dict[str, Any]:
     name = runner(args).rpartition(".")[2]
     if unknown and name.lower().removesuffix("runner") not in {each.lower()[:-6] for each in FORWARDING}:
         raise InputError(f"{unknown[0]!r} after -- is no option of Beam{_nearest(unknown[0], parser)}")
-    return {name: value for name, value in vars(found).items() if value != parser.get_default(name)}
+    chosen = {name: value for name, value in vars(found).items() if value != parser.get_default(name)}
+    if multi := sorted({"direct_num_workers", "direct_running_mode"} & chosen.keys()):
+        raise InputError(
+            f"--{multi[0]}: Beam's own local multi-processing hangs where a worker is killed; use braid's --workers N instead"
+        )
+    _check_files(chosen)
+    return chosen
+
+
+def _check_files(chosen: dict[str, Any]) -> None:
+    """InputError where a file that Beam is to bring to the workers is not there: Beam finds out in the middle of submitting."""
+    for name in ("setup_file", "requirements_file", "extra_packages"):
+        values = chosen.get(name) or []
+        for path in [values] if isinstance(values, str) else values:
+            if "://" not in path and not Path(path).is_file():
+                raise InputError(f"--{name} {path!r}: there is no such file; build it or correct the path")
 
 
 def runner(args: Sequence[str]) -> str:

@@ -171,7 +171,7 @@ class Commit(beam.PTransform):
     Runs again harmlessly. Where more than `budget` of the values tried were rejected it publishes nothing and raises
     BudgetExceeded; what the workers wrote stays, and a run with a larger budget goes on from it. Whatever the runner did with
     the Results on their way, it publishes each shard once and all of them or none: `rows` is how many rows of the first scope
-    the job was planned for (None: a build, which is one Result).
+    the job was planned for (None: a build, which is one Result). Metric of every stage: counter `published`, catalog rows.
     """
 
     def __init__(
@@ -193,6 +193,7 @@ class Commit(beam.PTransform):
 class _CommitFn(beam.DoFn):
     def __init__(self, storage: str, job: str, scopes: list[Any], budget: float, rows: int | None) -> None:
         self._storage, self._job, self._scopes, self._budget, self._rows = storage, job, scopes, budget, rows
+        self._published = Metrics.counter(job.partition(" ")[0], "published")
 
     def process(self, element: tuple[int, Iterable[Result]]) -> Iterable[int]:
         begun = time.monotonic()
@@ -203,6 +204,7 @@ class _CommitFn(beam.DoFn):
         made = changes(results, scopes, whole=self._rows is None)
         check_complete(self._job, made[0], self._rows)
         version = catalog.commit(self._job, made)
+        self._published.inc(sum(len(change.entries) for change in made))
         log.event(
             self._job,
             "commit",
@@ -285,8 +287,8 @@ class Job:
         self._args = args
         try:
             self.pipeline = beam.Pipeline(options=PipelineOptions(args))
-        except ValueError as error:
-            # Of options that do not go together, or of no runner.
+        except (ValueError, ImportError) as error:
+            # Of options that do not go together, of no runner, or of one whose packages are not installed.
             raise InputError(f"Beam's options after --: {' '.join(str(error).split())}") from error
         portable_runner.check(self.pipeline)
 
@@ -316,7 +318,8 @@ def _named_in_full(beam_args: Sequence[str]) -> list[str]:
             runner = arg.removeprefix("--runner=")
         else:
             args.append(arg)
-    if runner in ("DirectRunner", "SwitchingDirectRunner"):
+    # Beam takes any case, and leaves the last word out.
+    if runner.rpartition(".")[2].lower().removesuffix("runner") in ("direct", "switchingdirect"):
         raise InputError(
             f"--runner={runner} fetches a runner's program over the network, and may run a job twice; leave --runner out for "
             "the local runner, with --workers N for several processes"

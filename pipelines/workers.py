@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -87,13 +88,15 @@ class Process:
         for _, their in pairs:
             their.close()
         self._life, *self.places = (Connection(our.detach()) for our, _ in pairs)
-        self._life.send((work, threads))
+        # One that is gone already is told by `wait_until_open`.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._life.send((work, threads))
 
     def wait_until_open(self) -> None:
         """Waits until the work is opened; raises what opening it raised."""
         try:
             error = self._life.recv()
-        except EOFError as gone:
+        except (EOFError, OSError) as gone:
             raise self.death("") from gone
         if error is not None:
             raise error
@@ -115,7 +118,10 @@ class Process:
 def _serve(work: Work, opened: Any, place: Connection) -> None:
     while True:
         result, raised = None, None
-        task = place.recv()
+        try:
+            task = place.recv()
+        except (EOFError, OSError):
+            return
         try:
             result = work.do(opened, task)
         except Exception as error:
@@ -138,13 +144,16 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log.inherit()
     life, *places = (Connection(int(fd)) for fd in sys.argv[1:])
-    work, threads = life.recv()
     try:
-        opened = work.open(threads)
-    except Exception as error:
-        life.send(error)
+        work, threads = life.recv()
+        try:
+            opened = work.open(threads)
+        except Exception as error:
+            life.send(error)
+            return
+        life.send(None)
+    except (EOFError, OSError):
         return
-    life.send(None)
     for place in places:
         threading.Thread(target=_serve, args=(work, opened, place), daemon=True).start()
     try:

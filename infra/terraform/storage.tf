@@ -1,4 +1,4 @@
-# The store. Nothing in it expires: pinned versions are read for years, and only `braid vacuum` deletes.
+# The store. Nothing in it expires: pinned versions are read for years, and no job of Braid's deletes an artefact.
 resource "google_storage_bucket" "store" {
   name                        = "${var.project}-${var.name}-store"
   location                    = var.region

@@ -3,16 +3,21 @@
 import json
 import logging
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from featurestore.errors import InputError
 from featurestore.store import FeatureStore
 from jobs import cli
+from pipelines.runner import Job
 from tests.conftest import Made
 
 ROOT = Path(__file__).parents[2]
@@ -340,3 +345,37 @@ def test_a_bug_shows_its_traceback(braid: Braid, small: Made, monkeypatch: pytes
     monkeypatch.setattr(FeatureStore, "digest", broken)
     with pytest.raises(KeyError, match="a bug"):
         braid("status", small.store)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--runner=direct"], "fetches a runner's program over the network"),
+        (["--runner", "DirectRunner"], "fetches a runner's program over the network"),
+        (["--direct_num_workers=2"], "use braid's --workers N instead"),
+        (["--setup_file", "nope.py"], "--setup_file 'nope.py': there is no such file"),
+        (["--extra_package", "nope.whl"], "--extra_packages 'nope.whl': there is no such file"),
+        (["--runner=NoSuchRunner"], "Beam's options after --: Unexpected pipeline runner: NoSuchRunner"),
+    ],
+)
+def test_options_that_end_badly_are_refused_before(args: list[str], told: str) -> None:
+    with pytest.raises(InputError, match=re.escape(told)):
+        Job(args)
+
+
+def test_an_interrupt_is_told_in_one_line(small: Made, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    text = small.spec.read_text().replace(str(small.store), f"{tmp_path}/store")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/manifest.jsonl"
+        spec.write_text(text.replace(f"{small.corpus}/manifest.jsonl", address))
+        command = [sys.executable, "-c", "from jobs.cli import main; main()", "plan", str(spec)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+            asked, _ = silent.accept()  # and waits for an answer
+            time.sleep(0.5)
+            run.send_signal(signal.SIGINT)
+            _, told = run.communicate(timeout=60)
+            asked.close()
+    assert told.startswith("interrupted; run it again")
+    assert told.count("\n") == 1
+    assert run.returncode == 130
