@@ -73,7 +73,8 @@ class Corpus:
         self.version = snapshot.version
         if name not in snapshot.names(ROWS):
             raise NotFound(
-                f"no corpus {name!r} in {self.storage.uri}; it has: {', '.join(snapshot.names(ROWS)) or 'none'}"
+                f"no corpus {name!r} in {self.storage.uri}; it has: {', '.join(snapshot.names(ROWS)) or 'none'}; "
+                "`braid shard SPEC` brings one in"
             )
         self._snapshot = snapshot
         self._rows: dict[str, pa.Table] = {}
