@@ -64,8 +64,8 @@ def job_args(
     """The options of one stage's job: the user's, which win, and what they leave open. Other runners' come back as they are.
 
     A view's `machine_type` beside its GPU is part of the hint (an L4 exists on G2 alone), which no option of the job's pool
-    touches; pass `--resource_hints accelerator=…` to take its place. One thing of the spec wins over the user's options: a view's own image, for its encode job, because `--sdk_container_image`
-    is for every job of a run.
+    touches; pass `--resource_hints accelerator=…` to take its place. One thing of the spec wins over the user's options: a
+    view's own image, for its encode job, because `--sdk_container_image` is for every job of a run.
 
     Args:
         args: Beam's options, from the user.
