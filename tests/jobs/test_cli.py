@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -369,12 +370,17 @@ def test_an_interrupt_is_told_in_one_line(small: Made, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/manifest.jsonl"
         spec.write_text(text.replace(f"{small.corpus}/manifest.jsonl", address))
-        command = [sys.executable, "-c", "from jobs.cli import main; main()", "plan", str(spec)]
+        # Where the tests run in the background of a shell, an interrupt is ignored, and children inherit that.
+        attentive = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        command = [sys.executable, "-c", f"{attentive}; from jobs.cli import main; main()", "plan", str(spec)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
             asked, _ = silent.accept()  # and waits for an answer
             time.sleep(0.5)
             run.send_signal(signal.SIGINT)
-            _, told = run.communicate(timeout=60)
+            limit = threading.Timer(30, run.kill)
+            limit.start()
+            _, told = run.communicate()
+            limit.cancel()
             asked.close()
     assert told.startswith("interrupted; run it again")
     assert told.count("\n") == 1
