@@ -32,11 +32,10 @@ def given(args: Sequence[str]) -> dict[str, Any]:
         raise InputError(
             f"--{multi[0]}: Beam's own local multi-processing hangs where a worker is killed; use braid's --workers N instead"
         )
-    _check_files(chosen)
     return chosen
 
 
-def _check_files(chosen: dict[str, Any]) -> None:
+def check_files(chosen: dict[str, Any]) -> None:
     """InputError where a file that Beam is to bring to the workers is not there: Beam finds out in the middle of submitting."""
     for name in ("setup_file", "requirements_file", "extra_packages"):
         values = chosen.get(name) or []

@@ -27,7 +27,7 @@ from featurestore.corpora import QUARANTINE
 from featurestore.errors import AlignmentError, BraidError, BudgetExceeded, InputError
 from featurestore.storage import Storage
 from pipelines import dataflow, log, portable_runner
-from pipelines.beam_options import given
+from pipelines.beam_options import check_files, given
 from pipelines.workers import Work, Workers
 
 _EXAMPLE_LENGTH = 300
@@ -283,7 +283,7 @@ class Job:
                 f"--workers {workers}: at least 1, and only without --runner: they are processes of this machine; another "
                 "runner has options of its own for its workers"
             )
-        given(args)
+        check_files(given(args))
         self._args = args
         try:
             self.pipeline = beam.Pipeline(options=PipelineOptions(args))
