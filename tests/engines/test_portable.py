@@ -189,8 +189,6 @@ def test_an_environment_that_the_job_service_does_not_know_is_told_as_that(servi
     refused(braid("run", stale.spec, "--", *service.args("PROCESS", '{"command": "x"}')), 2, "beam:env:process:v1")
 
 
-# Slow, and to be mended: since a run looks for lost raw files first, a tar that is a pipe no longer holds a worker here.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("killed", "told"),
     [("worker", "ended in the middle of its work"), ("service", "the job service went away")],
@@ -201,11 +199,11 @@ def test_kill_9_in_the_middle_ends_the_run_at_once_and_it_is_gone_on_with(
     tar = tar_of(stale)
     content = tar.read_bytes()
     tar.unlink()
-    # Whoever opens it waits for a writer: the worker is held in the middle of its task.
+    # Whoever opens it waits for a writer: the worker is held in the middle of its task. (`run` would miss the tar before.)
     os.mkfifo(tar)
     (tmp_path / "own").mkdir()
     with JobService(tmp_path / "own") as own:
-        with start("run", stale.spec, "--", *own.args()) as running:
+        with start("encode", stale.spec, "--", *own.args()) as running:
             try:
                 worker = wait_for(lambda: holder(tar, of=own.process.pid), own.log)
                 os.kill(worker if killed == "worker" else own.process.pid, signal.SIGKILL)
