@@ -36,6 +36,13 @@ class Made(NamedTuple):
         return copy
 
 
+def check_same(found: FeatureStore, expected: FeatureStore) -> None:
+    """Fails where two stores differ in anything but their history, and says in which entries."""
+    differ = set(found.snapshot.all()) ^ set(expected.snapshot.all())
+    assert not differ, "\n".join(map(str, sorted(differ)))
+    assert found.digest() == expected.digest()
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """160 samples in 20 shards: images, captions, notes, sounds; 4 views, 3 spaces, 3 indexes, a training set. Read only."""

@@ -6,18 +6,12 @@ they came; it can also carry the pipeline out, from the staged bytes alone, as t
 
 import hashlib
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from subprocess import DEVNULL
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,6 +21,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from tests import loopback_s3
 
 PROJECT, REGION = "rehearsal", "europe-west4"
 DONE, FAILED, RUNNING = "JOB_STATE_DONE", "JOB_STATE_FAILED", "JOB_STATE_RUNNING"
@@ -190,41 +186,12 @@ def carrying_out(service: Service) -> Callable[[Sent], str]:
 @contextmanager
 def object_store(bucket: str) -> Iterator[str]:
     """A loopback S3 with one bucket; gives its endpoint, which the environment names too."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    # A process of its own: deltalake holds the interpreter's lock while it waits for an answer.
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, stdout=DEVNULL, stderr=DEVNULL) as server:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_REGION": "eu-west-1",
-            # What no storage model describes, the files that a manifest names, is found through it.
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "NO_PROXY": "127.0.0.1,localhost",
-            "no_proxy": "127.0.0.1,localhost",
-        }.items():
-            patch.setenv(name, value)
-        patch.delenv("AWS_PROFILE", raising=False)
-        try:
-            _wait_for(port)
-            _client(endpoint).mkdir(bucket)
-            yield endpoint
-        finally:
-            server.kill()
-
-
-def _wait_for(port: int) -> None:
-    for _ in range(300):
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"nothing listens on port {port} after 30 s")
+    with loopback_s3.loopback_s3() as endpoint, pytest.MonkeyPatch.context() as patch:
+        # What no storage model describes, the files that a manifest names, is found through it.
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_REGION", loopback_s3.REGION)
+        _client(endpoint).mkdir(bucket)
+        yield endpoint
 
 
 def _client(endpoint: str) -> s3fs.S3FileSystem:

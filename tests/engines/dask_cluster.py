@@ -5,25 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from tests.processes import wait_for
 from tests.test_imports import ROOT
 
-__all__ = ["Cluster", "wait_for"]
+__all__ = ["Cluster"]
 
 START_S = 60
-
-
-def wait_for(done: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """What `done` gives once it is true. Fails after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := done()):
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.002)
-    return found
 
 
 class Cluster:

@@ -1,50 +1,25 @@
-"""Beam's own job service and its workers as processes of this machine, and `braid` as a person calls it."""
+"""Beam's own job service and its workers, as processes of this machine."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from tests.conftest import small_spec
+from tests.processes import answers, wait_for
 from tests.test_imports import ROOT
 
-__all__ = ["SUBPROCESS", "JobService", "Said", "braid", "flow_spec", "start", "wait_for", "worker_pool"]
+__all__ = ["START_S", "SUBPROCESS", "JobService", "flow_spec", "worker_pool"]
 
 SUBPROCESS = "beam:env:harness_subprocess_python:v1"
 START_S = 60
-TIME_LIMIT_S = 120
-
-
-class Said(NamedTuple):
-    """Exit status, standard output and standard error of one command."""
-
-    status: int
-    out: str
-    err: str
-
-
-def braid(*args: str | Path, time_limit_s: float = TIME_LIMIT_S) -> Said:
-    """`braid ARGS` in a process of its own; fails after its time limit."""
-    with start(*args) as process:
-        try:
-            out, err = process.communicate(timeout=time_limit_s)
-        finally:
-            process.kill()
-    return Said(process.returncode, out, err)
-
-
-def start(*args: str | Path) -> subprocess.Popen[str]:
-    """`braid ARGS`, not waited for."""
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def flow_spec(corpus: Path, store: Path | str, **of_store: Any) -> str:
@@ -69,7 +44,7 @@ class JobService:
         self.log = folder / "log"
         options = ["--port", "0", "--port_file", str(port), "--staging_dir", str(folder / "staged")]
         self.process = _start("apache_beam.runners.portability.local_job_service_main", options, self.log)
-        wait_for(port.exists, self.log)
+        wait_for(port.exists, START_S, self.log.read_text)
         self.endpoint = f"localhost:{port.read_text()}"
 
     def args(self, environment: str = SUBPROCESS, config: str | None = None) -> list[str]:
@@ -95,7 +70,7 @@ def worker_pool(folder: Path) -> Iterator[str]:
     options = ["--service_port", str(port)]
     process = _start("apache_beam.runners.worker.worker_pool_main", options, folder / "pool.log")
     try:
-        wait_for(lambda: _answers(port), folder / "pool.log")
+        wait_for(lambda: answers("127.0.0.1", port), START_S, (folder / "pool.log").read_text)
         yield f"localhost:{port}"
     finally:
         _end(process)
@@ -112,17 +87,3 @@ def _start(module: str, options: list[str], log: Path) -> subprocess.Popen[bytes
 def _end(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(done: Callable[[], Any], log: Path | None = None) -> Any:
-    """What `done` gives once it is true; fails with the log after `START_S`."""
-    deadline = time.monotonic() + START_S
-    while not (found := done()):
-        assert time.monotonic() < deadline, log.read_text() if log else "not in time"
-        time.sleep(0.01)
-    return found

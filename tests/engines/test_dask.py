@@ -1,11 +1,8 @@
 """The jobs on a Dask cluster of real processes: the local runner's bytes, whichever worker dies, and errors in words."""
 
-import io
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +22,11 @@ from featurestore.errors import BudgetExceeded, InputError, WorkerDied
 from featurestore.store import FeatureStore
 from jobs.run import Runner
 from jobs.spec import load
-from tests.conftest import Made
-from tests.engines.dask_cluster import Cluster, wait_for
+from tests.conftest import Made, check_same
+from tests.engines.dask_cluster import Cluster
 from tests.engines.hosts import Hosts
+from tests.loopback_s3 import REGION, loopback_s3
+from tests.processes import Said, braid, start, wait_for
 
 RUNNER = "--runner=pipelines.dask_runner.DaskRunner"
 BEAMS_OWN = "--runner=apache_beam.runners.dask.dask_runner.DaskRunner"
@@ -225,21 +224,10 @@ def test_the_whole_run_by_the_command_line_is_the_local_runners_store(
     cluster: Cluster, small: Made, tmp_path: Path
 ) -> None:
     made = empty(small, tmp_path)
-    command = [
-        sys.executable,
-        "-c",
-        "from jobs.cli import main; main()",
-        "run",
-        str(made.spec),
-        "--",
-        "--runner",
-        "DaskRunner",
-        *options(cluster)[1:],
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=JOB_S)
-    assert done.returncode == 0, done.stdout + done.stderr + cluster.logs()
-    assert done.stderr == ""
-    assert made.open().digest() == small.open().digest()
+    said = braid("run", made.spec, "--", "--runner", "DaskRunner", *options(cluster)[1:])
+    assert said.status == 0, f"{said} {cluster.logs()}"
+    assert said.err == ""
+    check_same(made.open(), small.open())
 
 
 def test_a_failure_budget_is_kept_on_dask(cluster: Cluster, small: Made, tmp_path: Path) -> None:
@@ -250,30 +238,29 @@ def test_a_failure_budget_is_kept_on_dask(cluster: Cluster, small: Made, tmp_pat
         Runner(load(made.spec), Console(quiet=True), options(cluster)).run()
 
 
-class _Run(threading.Thread):
-    """`braid run` on a thread, with what it says and what it raised."""
+class _Run:
+    """`braid run` in a process of its own, and what it says. Used as a context it leaves no process behind."""
 
-    def __init__(self, spec: Path, cluster: Cluster) -> None:
-        super().__init__(daemon=True)
-        self.storage, self._cluster, self._said = load(spec).store, cluster, io.StringIO()
-        self._spec = spec
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            Runner(load(self._spec), Console(file=self._said), options(self._cluster)).run()
-        except BaseException as error:
-            self.error = error
+    def __init__(self, spec: Path, cluster: Cluster, **env: str) -> None:
+        self.storage, self._said = load(spec).store, spec.with_suffix(".out")
+        with self._said.open("w") as out:
+            self.process = start("run", spec, "--", *options(cluster), env=env, out=out)
 
     def at(self) -> str:
         """The job it is at work on, e.g. `index heard`; empty between two."""
-        lines = self._said.getvalue().splitlines()
+        lines = self._said.read_text().splitlines()
         return lines[-1].partition(": started")[0] if lines and ": started" in lines[-1] else ""
 
-    def end(self) -> None:
-        self.join(JOB_S)
-        assert not self.is_alive(), self._said.getvalue() + self._cluster.logs()
+    def end(self) -> Said:
+        _, err = self.process.communicate(timeout=JOB_S)
+        return Said(self.process.returncode, self._said.read_text(), err)
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 def lose_worker(stage: str, run: _Run, cluster: Cluster, lose: Callable[[str], None]) -> None:
@@ -283,7 +270,7 @@ def lose_worker(stage: str, run: _Run, cluster: Cluster, lose: Callable[[str], N
         names = {info["name"]: address for address, info in client.scheduler_info()["workers"].items()}
 
         def victim() -> str:
-            assert run.is_alive(), f"the run was never seen at work on {stage}: {run.error}"
+            assert run.process.poll() is None, f"the run was never seen at work on {stage}: {run.end()}"
             if not run.at().startswith(stage):
                 return ""
             # Of several shards some are done: so it is the middle.
@@ -302,72 +289,54 @@ def _removal(client: distributed.Client, address: str) -> Any:
     return next((each for _, each in client.get_events(address) if each.get("action") == "remove-worker"), None)
 
 
-# Slow, because Dask's client, in a thread of the test's, now and then finds itself bound to another event loop.
-@pytest.mark.slow
 def test_workers_killed_in_encode_and_in_index_cost_nothing(small: Made, tmp_path: Path) -> None:
     made = empty(small, tmp_path)
     with Cluster(tmp_path / "dask") as cluster:
         for name in "abc":
             cluster.add_worker(name)
-        run = _Run(made.spec, cluster)
-        for stage in ("encode", "index"):
-            lose_worker(stage, run, cluster, cluster.kill)
-        run.end()
-        assert run.error is None, cluster.logs()
-    assert made.open().digest() == small.open().digest()
+        with _Run(made.spec, cluster) as run:
+            for stage in ("encode", "index"):
+                lose_worker(stage, run, cluster, cluster.kill)
+            said = run.end()
+        assert said.status == 0, f"{said} {cluster.logs()}"
+    check_same(made.open(), small.open())
 
 
 @pytest.mark.slow
 def test_the_last_workers_death_is_told_and_the_run_goes_on_from_there(small: Made, tmp_path: Path) -> None:
     made = empty(small, tmp_path)
-    with Cluster(tmp_path / "dask") as cluster, dask.config.set({"distributed.scheduler.no-workers-timeout": "2s"}):
+    with Cluster(tmp_path / "dask") as cluster:
         cluster.add_worker("a")
         wait_for(lambda: b"Registered" in (cluster.folder / "a.log").read_bytes(), 30, "the worker")
-        run = _Run(made.spec, cluster)
-        lose_worker("encode", run, cluster, cluster.kill)
-        run.end()
-        assert isinstance(run.error, WorkerDied)
-        assert "has had no worker for 2 s" in str(run.error)
+        with _Run(made.spec, cluster, DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT="2s") as run:
+            lose_worker("encode", run, cluster, cluster.kill)
+            said = run.end()
+        assert said.status == 1, said
+        assert "has had no worker for 2 s" in said.err
         done = len(FeatureStore(made.store).history())
         cluster.add_worker("b")
         Runner(load(made.spec), Console(quiet=True), options(cluster)).run()
         assert done < len(FeatureStore(made.store).history())
-    assert made.open().digest() == small.open().digest()
+    check_same(made.open(), small.open())
 
 
 @contextmanager
 def cluster_of_hosts(folder: Path, hosts: Hosts, **env: str) -> Iterator[tuple[Cluster, str]]:
     """A scheduler, two workers and an S3 on a host each; and the S3's endpoint."""
-    s3 = hosts.addresses["s3"]
-    aws = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
-    aws |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "NO_PROXY": s3, "no_proxy": s3}
-    with pytest.MonkeyPatch.context() as patch, dask.config.set({"distributed.comm.timeouts.connect": "5s"}):
-        patch.delenv("AWS_PROFILE", raising=False)
-        for name, value in aws.items():
-            patch.setenv(name, value)
-        command = [*hosts.on("s3"), sys.executable, "-m", "moto.server", "-H", s3, "-p", "5000"]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            with Cluster(folder, hosts.addresses["scheduler"], hosts.on("scheduler"), env) as cluster:
-                for name in ("a", "b"):
-                    cluster.add_worker(name, hosts.on(name), host=hosts.addresses[name])
-                wait_for(lambda: _answers(s3), 30, "the S3 server")
-                yield cluster, f"http://{s3}:5000"
-        finally:
-            server.kill()
-            server.wait()
-
-
-def _answers(host: str) -> bool:
-    with suppress(OSError), socket.create_connection((host, 5000), timeout=1):
-        return True
-    return False
+    with (
+        loopback_s3(hosts.addresses["s3"], hosts.on("s3")) as endpoint,
+        dask.config.set({"distributed.comm.timeouts.connect": "5s"}),
+        Cluster(folder, hosts.addresses["scheduler"], hosts.on("scheduler"), env) as cluster,
+    ):
+        for name in ("a", "b"):
+            cluster.add_worker(name, hosts.on(name), host=hosts.addresses[name])
+        yield cluster, endpoint
 
 
 def on_s3(made: Made, folder: Path, endpoint: str) -> Path:
     """The spec with a store on S3, empty."""
     spec = folder / "spec.yaml"
-    store = f"{{uri: 's3://shelf/store', endpoint: '{endpoint}', region: eu-west-1, allow_http: true}}"
+    store = f"{{uri: 's3://shelf/store', endpoint: '{endpoint}', region: {REGION}, allow_http: true}}"
     spec.write_text(made.spec.read_text().replace(f"{{uri: {made.store}}}", store))
     load(spec).store.fs.mkdir("shelf")
     return spec
@@ -381,7 +350,7 @@ def test_on_hosts_of_their_own_with_the_store_on_s3(small: Made, tmp_path: Path)
             done = client.run(lambda dask_worker: dask_worker.state.executed_count)
         assert {address.split("/")[2].split(":")[0] for address in done} == {hosts.addresses[name] for name in "ab"}
         assert all(done.values()), done
-        assert FeatureStore(load(spec).store).digest() == small.open().digest()
+        check_same(FeatureStore(load(spec).store), small.open())
 
 
 @pytest.mark.slow
@@ -391,8 +360,8 @@ def test_a_host_whose_link_goes_down_in_encode_costs_nothing(small: Made, tmp_pa
     hosts = Hosts("scheduler", "a", "b", "s3")
     with hosts, cluster_of_hosts(tmp_path / "dask", hosts, **short) as (cluster, endpoint):
         spec = on_s3(small, tmp_path, endpoint)
-        run = _Run(spec, cluster)
-        lose_worker("encode", run, cluster, hosts.unplug)
-        run.end()
-        assert run.error is None, cluster.logs()
-        assert FeatureStore(load(spec).store).digest() == small.open().digest()
+        with _Run(spec, cluster) as run:
+            lose_worker("encode", run, cluster, hosts.unplug)
+            said = run.end()
+        assert said.status == 0, f"{said} {cluster.logs()}"
+        check_same(FeatureStore(load(spec).store), small.open())

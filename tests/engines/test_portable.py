@@ -24,9 +24,11 @@ from jobs.run import Runner
 from jobs.spec import load
 from pipelines import portable_runner
 from pipelines.runner import Job
-from tests.conftest import Made
-from tests.engines.job_service import SUBPROCESS, JobService, Said, braid, flow_spec, start, wait_for, worker_pool
+from tests.conftest import Made, check_same
+from tests.engines.job_service import START_S, SUBPROCESS, JobService, flow_spec, worker_pool
+from tests.loopback_s3 import REGION, loopback_s3
 from tests.planted import write_planted
+from tests.processes import Said, braid, start, wait_for
 from tests.test_imports import ROOT
 
 VALUES = 36
@@ -48,28 +50,10 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, object]]:
     """The options of a store in a bucket of a loopback S3 server; before the job service, whose workers inherit the keys."""
-    from moto.server import ThreadedMotoServer
-
-    names = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
-        patch.delenv("AWS_PROFILE", raising=False)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        options = {"endpoint": f"http://{host}:{port}", "region": "eu-west-1", "allow_http": True}
+    with loopback_s3() as endpoint:
+        options = {"endpoint": endpoint, "region": REGION, "allow_http": True}
         Storage(uri="s3://engines/x", **options).fs.mkdir("engines")
         yield options
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +100,7 @@ def test_a_flow_in_processes_of_the_job_service_gives_the_local_runners_digest(
     said = braid("run", spec, "--metrics", metrics, "--", *service.args())
     assert said.status == 0, said.err
     assert said.err == ""
-    assert FeatureStore(tmp_path / "store").digest() == flow.open().digest()
+    check_same(FeatureStore(tmp_path / "store"), flow.open())
     done = json.loads(metrics.read_text())
     assert [step["stage"] for step in done] == STEPS
     assert [step["values"] for step in done if step["stage"] == "encode"] == [VALUES, VALUES]
@@ -131,7 +115,7 @@ def test_a_flow_through_loopback_into_a_bucket_gives_the_local_runners_digest(
     spec.write_text(flow_spec(flow.corpus, "s3://engines/flow", **s3))
     said = braid("run", spec, "--", *service.args("LOOPBACK"))
     assert said.status == 0, said.err
-    assert FeatureStore(load(spec).store).digest() == flow.open().digest()
+    check_same(FeatureStore(load(spec).store), flow.open())
 
 
 def test_what_a_worker_pool_remakes_has_the_same_bytes(service: JobService, pool: str, stale: Made, flow: Made) -> None:
@@ -139,7 +123,7 @@ def test_what_a_worker_pool_remakes_has_the_same_bytes(service: JobService, pool
     assert said.status == 0, said.err
     assert (stale.store / stale.open().view("timbre").files()[0]).is_file()
     assert verify(Storage.of(stale.store)).findings == ()
-    assert stale.open().digest() == flow.open().digest()
+    check_same(stale.open(), flow.open())
 
 
 @pytest.mark.slow
@@ -156,7 +140,7 @@ def test_every_environment_makes_the_small_corpus_with_the_local_runners_digest(
     spec.write_text(small.spec.read_text().replace(f"{{uri: {small.store}}}", store))
     said = braid("run", spec, "--", *service.args(environment, pool if environment == "EXTERNAL" else None))
     assert said.status == 0, said.err
-    assert FeatureStore(load(spec).store).digest() == small.open().digest()
+    check_same(FeatureStore(load(spec).store), small.open())
 
 
 def test_a_failure_budget_exceeded_on_a_worker_is_one_clear_message(service: JobService, tmp_path: Path) -> None:
@@ -205,7 +189,7 @@ def test_kill_9_in_the_middle_ends_the_run_at_once_and_it_is_gone_on_with(
     with JobService(tmp_path / "own") as own:
         with start("encode", stale.spec, "--", *own.args()) as running:
             try:
-                worker = wait_for(lambda: holder(tar, of=own.process.pid), own.log)
+                worker = wait_for(lambda: holder(tar, of=own.process.pid), START_S, own.log.read_text)
                 os.kill(worker if killed == "worker" else own.process.pid, signal.SIGKILL)
                 out, err = running.communicate(timeout=30)
             finally:
@@ -213,10 +197,10 @@ def test_kill_9_in_the_middle_ends_the_run_at_once_and_it_is_gone_on_with(
     refused(Said(running.returncode, out, err), 1, told)
     tar.unlink()
     tar.write_bytes(content)
-    assert stale.open().digest() == flow.open().digest()
+    check_same(stale.open(), flow.open())
     done = Runner(load(stale.spec), Console(quiet=True)).run()
     assert [(step.stage, step.name) for step in done] == [("encode", "timbre")]
-    assert stale.open().digest() == flow.open().digest()
+    check_same(stale.open(), flow.open())
 
 
 def holder(fifo: Path, of: int) -> int | None:

@@ -1,9 +1,6 @@
 """A value that kills the process which decodes it: the next attempt quarantines it, and nothing else is lost."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from tests.conftest import Made
 from tests.engines.dask_cluster import Cluster
 from tests.faults.deadly import HANG, OUT_OF_MEMORY, SEGFAULT, deadly_folder, set_deadly, sound_of
 from tests.planted import SHARD_ROWS
+from tests.processes import Said, braid, start
 
 BY_SEGFAULT = ("killed_decoder", "the decoder's process ended by SIGSEGV")
 
@@ -54,10 +52,8 @@ def run(spec: Path, workers: int = 1, *beam_args: str) -> None:
     Runner(load(spec), Console(quiet=True), beam_args, workers).run()
 
 
-def braid_run(spec: Path, deadly: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "run", str(spec)]
-    env = os.environ | {"PYTHONPATH": str(deadly)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+def braid_run(spec: Path, deadly: Path) -> Said:
+    return braid("run", spec, env={"PYTHONPATH": str(deadly)})
 
 
 def check(small: Made, folder: Path, reason: tuple[str, str]) -> None:
@@ -85,12 +81,12 @@ def test_a_run_that_a_value_killed_goes_on_without_it(small: Made, tmp_path: Pat
     _, shard, raw = sound_of(small.open())
     spec, deadly = sounds_spec(small, tmp_path), deadly_folder(tmp_path / "deadly", raw, SEGFAULT)
     first = braid_run(spec, deadly)
-    assert first.returncode == -11, first.stdout + first.stderr
+    assert first.status == -11, first
     left = Storage.of(tmp_path / "store").list("attempts")
     assert 1 <= len(left) <= 2
     assert any(key.startswith("attempts/encode/loud/") and key.endswith(f"/{shard}") for key in left)
     second = braid_run(spec, deadly)
-    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.status == 0, second
     check(small, tmp_path, BY_SEGFAULT)
 
 
@@ -131,10 +127,10 @@ def test_a_value_that_takes_all_memory_is_quarantined_by_the_next_run(small: Mad
     deadly = deadly_folder(tmp_path / "deadly", raw, OUT_OF_MEMORY, limit)
     spec = sounds_spec(small, tmp_path)
     first = braid_run(spec, deadly)
-    assert first.returncode == 1
-    assert "MemoryError" in first.stderr
+    assert first.status == 1
+    assert "MemoryError" in first.err
     second = braid_run(spec, deadly)
-    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.status == 0, second
     killed = "the decoder's process ended by SIGKILL (the kernel does so where memory runs out)"
     check(small, tmp_path, ("killed_decoder", killed))
 
@@ -146,8 +142,7 @@ def test_a_value_that_comes_to_no_end_is_quarantined_once_somebody_killed_the_ru
     _, _, raw = sound_of(small.open())
     deadly = set_deadly(monkeypatch, tmp_path / "deadly", raw, HANG)
     spec = sounds_spec(small, tmp_path)
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "run", str(spec)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+    with start("run", spec) as first:
         while not (deadly / "struck").exists():
             assert first.poll() is None
         first.kill()

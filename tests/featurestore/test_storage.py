@@ -19,35 +19,18 @@ from pydantic import ValidationError
 from featurestore.catalog import Catalog
 from featurestore.errors import BraidError, InputError, MissingExtra, NotFound, StoreError
 from featurestore.storage import Storage
+from tests.loopback_s3 import REGION, loopback_s3
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    names = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
-        patch.delenv("AWS_PROFILE", raising=False)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        yield f"http://{host}:{port}"
-        server.stop()
+    with loopback_s3() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(scope="module")
 def bucket(endpoint: str) -> Storage:
-    store = Storage(uri="s3://shelf/stores/a", endpoint=endpoint, region="eu-west-1", allow_http=True)
+    store = Storage(uri="s3://shelf/stores/a", endpoint=endpoint, region=REGION, allow_http=True)
     store.fs.mkdir("shelf")
     return store
 
@@ -348,7 +331,7 @@ def test_a_store_without_credentials_says_what_to_give_on_one_line(
     """Both clients, each with a text of its own: fsspec's for data, deltalake's (several lines in colour) for the catalog."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    store = Storage(uri="s3://closed/store", region="eu-west-1")
+    store = Storage(uri="s3://closed/store", region=REGION)
     catalog = Catalog(store)
     for act in (lambda: store.read("a"), lambda: store.list(), catalog.exists, catalog.snapshot, catalog.create):
         with pytest.raises(StoreError, match=r"^s3://closed/store.*: no credentials for it are found here; ") as caught:

@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import signal
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -35,12 +33,12 @@ from tests.dataflow import DONE, FAILED, REGION, RUNNING, Refusal, Sent, Service
 from tests.golden import FOLDER, coder, fused, golden_name, leaves, rehearsal_spec, rehearsal_text, rehearse, summary
 from tests.golden import hints as hints_of
 from tests.pipelines.test_graph import MAX_ELEMENT_BYTES
+from tests.processes import braid, start
 
 STORE = Storage(uri="gs://shelf/store")
 ARGS = ["--runner=DataflowRunner", "--project=p-1", f"--region={REGION}", "--temp_location=gs://shelf/tmp"]
 GPU = Resources("nvidia-l4", "16GB", 8, "g2-standard-8", "docker.example/braid/gpu:1")
 ACCELERATOR = "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
-BRAID = [sys.executable, "-c", "from jobs.cli import main; main()"]
 SHIPPED = "--extra_package=braid.whl"
 
 
@@ -474,20 +472,20 @@ def test_the_command_ends_with_the_right_status_and_no_traceback(
 ) -> None:
     service.answer = lambda sent: answer
     spec = str(rehearsal.written(tmp_path, "command"))
-    ended = subprocess.run([*BRAID, "shard", spec, "--", *service.args(*more)], capture_output=True, text=True)
-    assert ended.returncode == status
-    assert ended.stderr.startswith("error: "), ended.stderr
-    assert told in ended.stderr
-    assert ended.stderr.count("\n") == 1, "one line, no traceback"
+    ended = braid("shard", spec, "--", *service.args(*more))
+    assert ended.status == status
+    assert ended.err.startswith("error: "), ended.err
+    assert told in ended.err
+    assert ended.err.count("\n") == 1, "one line, no traceback"
 
 
 def test_closing_the_laptop_loses_nothing_of_the_job(rehearsal: Rehearsal, service: Service, tmp_path: Path) -> None:
     """The command is killed once its job is submitted; the job's own last step publishes."""
     service.answer, service.later = lambda sent: RUNNING, [RUNNING]
     spec = str(rehearsal.written(tmp_path, "left"))
-    with subprocess.Popen([*BRAID, "shard", spec, "--", *service.args()]) as braid:
+    with start("shard", spec, "--", *service.args()) as submitting:
         assert service.arrived.wait(60)
-        braid.send_signal(signal.SIGKILL)
+        submitting.kill()
     catalog = Catalog(rehearsal.spec("left").store)
     assert catalog.snapshot().version == 0
     carry_out(service.sent[0])
