@@ -18,10 +18,10 @@ from featurestore.views import VIEW
 from jobs import plan
 from jobs.progress import track
 from jobs.spec import Spec
-from pipelines import align, dataflow, encode, fuse, index, log, shard
+from pipelines import align, build_job, dataflow, encode, fuse, index, log, shard
 from pipelines.runner import Job
 
-_BUILDERS = {"align": align.build, "index": index.build, "fuse": fuse.build}
+_MAKERS = {"align": align.make, "index": index.make, "fuse": fuse.make}
 
 
 class Done(NamedTuple):
@@ -166,7 +166,7 @@ class Runner:
             if planned is None:
                 continue
             job, begun = self._job(stage, name), time.monotonic()
-            _BUILDERS[stage](job, self.storage, planned, snapshot.version)
+            build_job.build(job, stage, _MAKERS[stage], self.storage, planned, snapshot.version)
             self._carry_out(job, stage, name, begun)
 
 

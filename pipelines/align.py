@@ -5,11 +5,8 @@ more). The card says what held-out groups gave, by the protocol of `featurestore
 then learned from all pairs.
 """
 
-import json
-from collections.abc import Iterator
 from typing import Any
 
-import apache_beam as beam
 import numpy as np
 
 from featurestore import builds, indexes, recall, spaces
@@ -20,7 +17,7 @@ from featurestore.identity import hash64
 from featurestore.storage import Storage
 from featurestore.views import View
 from pipelines.publish import card_bytes, place_build
-from pipelines.runner import Commit, Job, Result, Scope
+from pipelines.runner import Result
 
 MAX_PAIRS = 100_000
 FEW_PAIRS = 300
@@ -62,16 +59,7 @@ def _keys(ids: list[str], members: list[dict[str, Any]]) -> list[Any]:
     return [member["digest"] or sample_id for sample_id, member in zip(ids, members, strict=True)]
 
 
-class _FitSpace(beam.DoFn):
-    def __init__(self, storage: str, version: int) -> None:
-        self._storage, self._version = storage, version
-
-    def process(self, element: str) -> Iterator[Result]:
-        storage = Storage.from_json(self._storage)
-        yield fit(storage, builds.Build(*json.loads(element)), self._version)
-
-
-def fit(storage: Storage, build: builds.Build, version: int) -> Result:
+def make(storage: Storage, build: builds.Build, version: int) -> Result:
     """Evaluates, learns and places one space."""
     views, method, dim = tuple(build.settings["views"]), build.settings["method"], build.settings["dim"]
     equal = build.settings["equal"]
@@ -99,13 +87,3 @@ def _indexed(gallery: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     """Search through an index of the kind that would be served, for the recall beside that of exact search."""
     index = indexes.build(gallery, indexes.choose_factory(len(gallery), gallery.shape[1], recall=0.95), seed=0)
     return indexes.search(index, queries, k)[1]
-
-
-def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> None:
-    """Puts the align job of one space into a pipeline: learn it, then one commit."""
-    (
-        job.pipeline
-        | "Spaces" >> beam.Create([json.dumps(planned)]).with_output_types(str)
-        | "FitSpaces" >> beam.ParDo(_FitSpace(storage.to_json(), version)).with_output_types(Result)
-        | "Commit" >> Commit(storage, f"align {planned.name}", [Scope(*planned[:2], planned.key)])
-    )

@@ -1,6 +1,6 @@
 """Beam's DaskRunner, mended where it loses data, runs everything on one worker or waits for ever.
 
-Translates what Braid's jobs are made of: Create, ParDo, GroupByKey, Reshuffle and Flatten in the global window. The
+Translates what Braid's jobs are made of: Create, ParDo, GroupByKey and Flatten in the global window. The
 client holds the job: where it ends, Dask drops what is not done, and `braid run` goes on from what lies in the store.
 """
 
@@ -37,7 +37,7 @@ CONNECT_S = 30
 NO_WORKER_S = 120
 """How long a job may be without any worker; `distributed.scheduler.no-workers-timeout` of Dask's config sets another."""
 TASKS_PER_THREAD = 4
-"""Tasks that a Reshuffle makes for each thread of the cluster: the last ones even out the ends."""
+"""Tasks that a GroupByKey ends in for each thread of the cluster: the last ones even out the ends."""
 SAME = ("apache-beam", "braid", "cloudpickle", "dask", "distributed", "numpy", "pyarrow")
 """Packages that must have the client's version everywhere, or tasks do not unpickle and Parquet has other bytes."""
 _POLL_S = 1.0
@@ -92,10 +92,14 @@ def _run_bundle(elements: Iterable[Any], fn: beam.DoFn, label: str, args: Sequen
 
 
 class _GroupByKey(evaluator.GroupByKey):
-    """Groups on one worker by equality (Beam: by `hash()`, which differs between processes, over n² tasks)."""
+    """Groups on one worker by equality (Beam: by `hash()`, which differs between processes, over n² tasks).
+
+    What follows is spread again: into as many tasks as there were before, or as keep every thread busy.
+    """
 
     def apply(self, input_bag: db.Bag, side_inputs: Any = None) -> db.Bag:
-        return input_bag.repartition(npartitions=1).map_partitions(_group)
+        tasks = max(input_bag.npartitions, TASKS_PER_THREAD * self.bag_kwargs["threads"])
+        return input_bag.repartition(npartitions=1).map_partitions(_group).repartition(npartitions=tasks)
 
 
 def _group(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, list[Any]]]:
@@ -105,20 +109,10 @@ def _group(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, list[Any]]]:
     return list(groups.items())
 
 
-class _Reshuffle(evaluator.DaskBagOp):
-    """Spreads what came from fewer tasks than there are threads (Beam: nothing, so that one worker does all the rest)."""
-
-    def apply(self, input_bag: db.Bag, side_inputs: Any = None) -> db.Bag:
-        threads = self.bag_kwargs["threads"]
-        enough = input_bag.npartitions >= threads
-        return input_bag if enough else input_bag.repartition(npartitions=TASKS_PER_THREAD * threads)
-
-
 _OPS = evaluator.TRANSLATIONS | {
     overrides._Create: _Create,
     beam.ParDo: _ParDo,
     overrides._GroupByKeyOnly: _GroupByKey,
-    overrides._Reshuffle: _Reshuffle,
 }
 
 

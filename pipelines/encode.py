@@ -352,7 +352,7 @@ class EncodeWork(NamedTuple):
 
 
 class Encode(beam.PTransform):
-    """PCollection of EncodeTask -> PCollection of Result."""
+    """PCollection of (number, EncodeTask) -> PCollection of keyed Results."""
 
     def __init__(
         self, storage: Storage, plan: ViewPlan, processes: int = 1, hints: Mapping[str, str] | None = None
@@ -362,9 +362,9 @@ class Encode(beam.PTransform):
         self._do_fn = InFlight(f"encode {plan.name}", EncodeWork(storage.to_json(), plan), processes)
 
     def expand(self, tasks: beam.PCollection) -> beam.PCollection:
-        """PCollection of EncodeTask -> PCollection of Result."""
-        encode = beam.ParDo(self._do_fn).with_output_types(Result).with_resource_hints(**self._hints)
-        return tasks | "Spread" >> beam.Reshuffle() | "EncodeShards" >> encode
+        """PCollection of (number, EncodeTask) -> PCollection of keyed Results."""
+        encode = beam.ParDo(self._do_fn).with_output_types(tuple[int, Result]).with_resource_hints(**self._hints)
+        return tasks | "Spread" >> beam.GroupByKey() | "EncodeShards" >> encode
 
 
 def build(
@@ -379,7 +379,7 @@ def build(
     scopes = [Scope(views.VIEW, plan.name, plan.recipe), Scope(QUARANTINE, f"encode/{plan.name}", plan.recipe)]
     (
         job.pipeline
-        | "Tasks" >> beam.Create(tasks, reshuffle=False).with_output_types(EncodeTask)
+        | "Tasks" >> beam.Create(list(enumerate(tasks)), reshuffle=False).with_output_types(tuple[int, EncodeTask])
         | "Encode" >> Encode(storage, plan, job.workers, hints)
         | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget, sum(task.rows for task in tasks))
     )

@@ -4,12 +4,9 @@ One element is one set. Splits and folds go by group, heads are fitted on the tr
 are out of fold. The set is published only if its certificate passes; its card holds that and the fusion table.
 """
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +19,7 @@ from featurestore.fusion_table import fusion_table
 from featurestore.storage import Storage
 from featurestore.views import View
 from pipelines.publish import build_entry, card_bytes
-from pipelines.runner import Commit, Job, Result, Scope, result
+from pipelines.runner import Result, result
 
 ROWS_PER_FILE = 10_000
 TRAIN = "train"
@@ -31,14 +28,6 @@ TRAIN = "train"
 def settings(corpus: str, training_set: dict[str, Any]) -> dict[str, Any]:
     """The settings of a training set's build, from the spec."""
     return {"corpus": corpus, **training_set}
-
-
-class _Fuse(beam.DoFn):
-    def __init__(self, storage: str, version: int) -> None:
-        self._storage, self._version = storage, version
-
-    def process(self, element: str) -> Iterator[Result]:
-        yield make(Storage.from_json(self._storage), builds.Build(*json.loads(element)), self._version)
 
 
 def make(storage: Storage, build: builds.Build, version: int) -> Result:
@@ -120,13 +109,3 @@ def _place(storage: Storage, build: builds.Build, table: pa.Table, card: dict[st
                 entries.append(build_entry(build, path.name, placed, count))
     placed = artefact.place_bytes(storage, card_bytes(card), f"{build.stem}/card", ".json")
     return [*entries, build_entry(build, "card", placed)]
-
-
-def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> None:
-    """Puts the job of one training set into a pipeline: assemble it, then one commit."""
-    (
-        job.pipeline
-        | "Sets" >> beam.Create([json.dumps(planned)]).with_output_types(str)
-        | "FuseSets" >> beam.ParDo(_Fuse(storage.to_json(), version)).with_output_types(Result)
-        | "Commit" >> Commit(storage, f"fuse {planned.name}", [Scope(*planned[:2], planned.key)])
-    )

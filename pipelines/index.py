@@ -4,11 +4,8 @@ The settings that an approximate index is tuned by are found on samples that a t
 of the database finds itself and says nothing about what a user will get.
 """
 
-import json
-from collections.abc import Iterator
 from typing import Any
 
-import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
@@ -19,7 +16,7 @@ from featurestore.search import read_space
 from featurestore.storage import Storage
 from featurestore.views import View
 from pipelines.publish import build_entry, card_bytes
-from pipelines.runner import Commit, Job, Result, Scope, result
+from pipelines.runner import Result, result
 
 SEED = 0
 HELD_OUT = 1_000
@@ -39,14 +36,6 @@ ROWS_SCHEMA = pa.schema(
 def settings(corpus: str, index: dict[str, Any]) -> dict[str, Any]:
     """The settings of an index's build, from the spec."""
     return {"corpus": corpus, "space": index["space"], "views": index["views"], "recall": index["recall"]}
-
-
-class _BuildIndex(beam.DoFn):
-    def __init__(self, storage: str, version: int) -> None:
-        self._storage, self._version = storage, version
-
-    def process(self, element: str) -> Iterator[Result]:
-        yield make(Storage.from_json(self._storage), builds.Build(*json.loads(element)), self._version)
 
 
 def make(storage: Storage, build: builds.Build, version: int) -> Result:
@@ -109,13 +98,3 @@ def _tune(rows: pa.Table, vectors: np.ndarray, factory: str, recall: float) -> i
     exact = indexes.build(vectors[~held], "Flat", SEED)
     _, truth = indexes.search(exact, queries, 10)
     return indexes.tune(trial, queries, truth, recall)
-
-
-def build(job: Job, storage: Storage, planned: builds.Build, version: int) -> None:
-    """Puts the job of one index into a pipeline: build it, then one commit."""
-    (
-        job.pipeline
-        | "Indexes" >> beam.Create([json.dumps(planned)]).with_output_types(str)
-        | "BuildIndexes" >> beam.ParDo(_BuildIndex(storage.to_json(), version)).with_output_types(Result)
-        | "Commit" >> Commit(storage, f"index {planned.name}", [Scope(*planned[:2], planned.key)])
-    )

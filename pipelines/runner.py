@@ -57,6 +57,11 @@ def result(shard: str, entries: Sequence[Entry], tried: int = 0, rejected: int =
     return Result(shard, json.dumps(entries), tried, rejected, example[:_EXAMPLE_LENGTH])
 
 
+def keyed(made: Result) -> tuple[int, Result]:
+    """A Result as Commit takes it: all of a job's under one key."""
+    return 0, made
+
+
 class Scope(NamedTuple):
     """A (kind, name) that a job publishes under, and the recipe it publishes."""
 
@@ -75,7 +80,10 @@ typed(Result)
 
 
 class InFlight(beam.DoFn):
-    """Does a stage's work on the tasks of a bundle, several at once; Results leave as they are done.
+    """(key, its tasks) -> Results, keyed for Commit as they are done: a stage's work on the tasks of a bundle, several at once.
+
+    It takes what a GroupByKey gives and gives what one takes, so that nothing else is fused to it. That GroupByKey, with a key
+    for each task, is what spreads tasks over workers: Beam's own Reshuffle would code their times by pickle.
 
     `SHARDS_IN_FLIGHT` in a process, so that reading, computing and writing of neighbours overlap. With more than one process
     here, whichever is free takes the next task: a large shard holds up nothing but itself.
@@ -121,12 +129,13 @@ class InFlight(beam.DoFn):
         """Begins with nothing in flight."""
         self._flight: set[Future[tuple[Result, float]]] = set()
 
-    def process(self, task: Any) -> Iterator[Result]:
-        """Starts a task; waits where enough are in flight."""
-        self._span_ms.update(_now_ms())
-        self._flight.add(self._threads.submit(self._do, task))
-        if len(self._flight) > self._at_once:
-            yield from self._landed()
+    def process(self, element: tuple[int, Iterable[Any]]) -> Iterator[tuple[int, Result]]:
+        """Starts tasks; waits where enough are in flight."""
+        for task in element[1]:
+            self._span_ms.update(_now_ms())
+            self._flight.add(self._threads.submit(self._do, task))
+            if len(self._flight) > self._at_once:
+                yield from self._landed()
 
     def finish_bundle(self) -> Iterator[Any]:
         """Waits for the rest."""
@@ -148,7 +157,7 @@ class InFlight(beam.DoFn):
         log.event(self._job, what, shard=made.shard, values=made.computed, rejected=made.rejected, seconds=took)
         return made, took
 
-    def _landed(self) -> Iterator[Result]:
+    def _landed(self) -> Iterator[tuple[int, Result]]:
         done, self._flight = wait(self._flight, return_when=FIRST_COMPLETED)
         # Counted here: a thread of our own has no metrics of Beam's.
         for each in done:
@@ -158,7 +167,7 @@ class InFlight(beam.DoFn):
             self._rejected.inc(made.rejected)
             self._shard_ms.update(round(took * 1000))
             self._span_ms.update(_now_ms())
-            yield made
+            yield keyed(made)
 
 
 def _now_ms() -> int:
@@ -181,13 +190,8 @@ class Commit(beam.PTransform):
         self._do_fn = _CommitFn(storage.to_json(), job, [tuple(scope) for scope in scopes], budget, rows)
 
     def expand(self, results: beam.PCollection) -> beam.PCollection:
-        """PCollection of Result -> PCollection of the version committed."""
-        return (
-            results
-            | "Key" >> beam.Map(lambda each: (0, each)).with_output_types(tuple[int, Result])
-            | "Gather" >> beam.GroupByKey()
-            | "Publish" >> beam.ParDo(self._do_fn).with_output_types(int)
-        )
+        """PCollection of keyed Results -> PCollection of the version committed."""
+        return results | "Gather" >> beam.GroupByKey() | "Publish" >> beam.ParDo(self._do_fn).with_output_types(int)
 
 
 class _CommitFn(beam.DoFn):

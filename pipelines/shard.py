@@ -171,12 +171,12 @@ class _ReadNew(beam.DoFn):
 
 
 class _PlanRange(beam.DoFn):
-    """Cuts a range into shards, writes the plan and yields a descriptor for each shard."""
+    """Cuts a range into shards, writes the plan and yields a descriptor for each shard, under a key of its own."""
 
     def __init__(self, storage: str, corpus: str, ingest: str) -> None:
         self._storage, self._corpus, self._ingest = storage, corpus, ingest
 
-    def process(self, element: tuple[int, Iterable[SampleRef]]) -> Iterator[ShardTask]:
+    def process(self, element: tuple[int, Iterable[SampleRef]]) -> Iterator[tuple[int, ShardTask]]:
         number, references = element
         storage, corpus = Storage.from_json(self._storage), json.loads(self._corpus)
         shards = cut(references, corpus["shard_rows"], corpus["shard_mb"] << 20)
@@ -185,7 +185,8 @@ class _PlanRange(beam.DoFn):
             write_plan(local, shards)
             plan = artefact.place(storage, local, f"corpora/{corpus['name']}/plans/{self._ingest}-{number:05d}")
         for part in range(len(shards)):
-            yield ShardTask(f"{self._ingest}-{number:05d}-{part:05d}", plan.path, plan.sha256, part)
+            shard = f"{self._ingest}-{number:05d}-{part:05d}"
+            yield hash64(shard) >> 1, ShardTask(shard, plan.path, plan.sha256, part)
 
 
 class ShardWork(NamedTuple):
@@ -205,7 +206,7 @@ class ShardWork(NamedTuple):
 
 
 class Shard(beam.PTransform):
-    """One impulse -> PCollection of Result: reads a source's new samples and writes their shards."""
+    """One impulse -> PCollection of keyed Results: reads a source's new samples and writes their shards."""
 
     def __init__(
         self, storage: Storage, corpus: dict[str, Any], ingest: Ingest, version: int, processes: int = 1
@@ -216,16 +217,16 @@ class Shard(beam.PTransform):
         self._ingest, self._ranges, self._version = ingest.key, ingest.ranges(corpus), version
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection:
-        """Pipeline -> PCollection of Result."""
+        """Pipeline -> PCollection of keyed Results."""
         return (
             begin
             | "Start" >> beam.Create([0])
             | "ReadReferences"
             >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, SampleRef])
             | "GroupByRange" >> beam.GroupByKey()
-            | "PlanShards" >> beam.ParDo(_PlanRange(*self._args, self._ingest)).with_output_types(ShardTask)
-            | "Spread" >> beam.Reshuffle()
-            | "WriteShards" >> beam.ParDo(self._do_fn).with_output_types(Result)
+            | "PlanShards" >> beam.ParDo(_PlanRange(*self._args, self._ingest)).with_output_types(tuple[int, ShardTask])
+            | "Spread" >> beam.GroupByKey()
+            | "WriteShards" >> beam.ParDo(self._do_fn).with_output_types(tuple[int, Result])
         )
 
 

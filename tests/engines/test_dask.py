@@ -108,7 +108,12 @@ def run_late(cluster: Cluster, folder: Path, elements: list[int], *args: str, sp
     pipeline = beam.Pipeline(options=PipelineOptions([*(args or [RUNNER]), f"--dask_client_address={cluster.address}"]))
     values = pipeline | beam.Create([elements] if spread else elements)
     if spread:
-        values = values | beam.FlatMap(lambda each: each) | beam.Reshuffle()
+        values = (
+            values
+            | beam.FlatMap(lambda each: [(one, one) for one in each])
+            | "Spread" >> beam.GroupByKey()
+            | beam.Keys()
+        )
     values | beam.ParDo(_Late(told)) | beam.GroupByKey() | beam.ParDo(_Write(told))
     pipeline.run().wait_until_finish()
     return sorted(path.name for path in folder.iterdir())
@@ -121,7 +126,7 @@ def groups(told: list[str]) -> list[str]:
 ALL = ["group_0_0_3_6", "group_1_1_4_7", "group_2_2_5"]
 
 
-@pytest.mark.parametrize("spread", [False, True], ids=["created", "reshuffled"])
+@pytest.mark.parametrize("spread", [False, True], ids=["created", "grouped"])
 def test_nothing_is_lost_or_doubled_and_every_worker_has_a_share(
     cluster: Cluster, tmp_path: Path, spread: bool
 ) -> None:
