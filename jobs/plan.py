@@ -15,7 +15,7 @@ from featurestore.views import VIEW
 from jobs.report import counted
 from jobs.spec import Spec
 from pipelines import align, encode, fuse, index, shard
-from pipelines.sources import open_source
+from pipelines.sources import Source, open_source
 
 STAGES = ("shard", "encode", "align", "index", "fuse")
 BUILD_STAGES = {"align": builds.SPACE, "index": builds.INDEX, "fuse": builds.TRAINING}
@@ -70,11 +70,11 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
         else shard.scan(source, {})
     )
     if not found.samples + found.known:
-        raise InputError(f"{corpus['source']['path']} holds no samples; name another manifest in corpus.source.path")
-    _check_columns(spec, source.columns())
+        raise InputError(f"{_path(spec)} holds no samples; name another one in corpus.source.path")
+    _check_columns(spec, source)
     if found.changed:
         raise InputError(
-            f"corpus {name!r}: {found.changed} of its samples (their files, or their lines in {corpus['source']['path']}) "
+            f"corpus {name!r}: {found.changed} of its samples (their files, or what {_path(spec)} says of them) "
             "changed since they were stored; shards are never changed, so give the changed samples new ids, or name "
             "another store or corpus"
         )
@@ -96,17 +96,20 @@ def _check_settings(snapshot: Snapshot, corpus: dict[str, Any]) -> None:
                 )
 
 
-def _check_columns(spec: Spec, columns: set[str]) -> None:
-    """InputError where the spec names a column that stands in no line of the source."""
+def _path(spec: Spec) -> str:
+    return ", ".join(spec.corpus.source.path)
+
+
+def _check_columns(spec: Spec, source: Source) -> None:
+    """InputError where the spec names what is nowhere in the source."""
+    columns = source.columns()
     named = {f"corpus.columns.{key}": column for key, column in spec.corpus.columns if column}
-    named |= {f"corpus.fields.{name}.from": field.column for name, field in spec.corpus.fields.items()}
     named |= {f"training_sets.{name}.label": each.label for name, each in spec.training_sets.items()}
     wrong = {place: column for place, column in named.items() if column not in columns}
+    wrong |= {f"corpus.fields.{name}.from": given for name, given in source.unmatched().items()}
     if wrong:
-        said = "; ".join(f"{place}: {column!r}" for place, column in wrong.items())
-        raise InputError(
-            f"{said}: no line of {spec.corpus.source.path} has such a column; it has: {', '.join(sorted(columns))}"
-        )
+        said = "; ".join(f"{place}: {given!r}" for place, given in wrong.items())
+        raise InputError(f"{said}: no sample of {_path(spec)} has it; columns: {', '.join(sorted(columns))}")
 
 
 def view_plans(spec: Spec) -> list[encode.ViewPlan]:

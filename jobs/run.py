@@ -124,7 +124,8 @@ class Runner:
         found, corpus = plan.ingest(self.spec, snapshot), plan.corpus_dict(self.spec)
         if not found.samples:
             return
-        dataflow.check_source(self.beam_args, self.spec.corpus.source.path)
+        for path in self.spec.corpus.source.path:
+            dataflow.check_source(self.beam_args, path)
         job, begun, folder = self._job("shard", corpus["name"]), time.monotonic(), f"corpora/{corpus['name']}"
         shard.build(job, self.storage, corpus, found, snapshot.version)
 

@@ -17,7 +17,6 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
 from featurestore.errors import NotFound, SpecError
@@ -78,35 +77,42 @@ class _Node(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _listed(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
+"""One text, or a list of them."""
+
+
 class SourceSpec(_Node):
-    """Where the samples come from. `manifest` is a JSON Lines file with one sample a line."""
+    """Where the samples come from: files at one path or several, with patterns (`*`) and lists (`{00..99}`)."""
 
     type: Literal["manifest"]
-    path: Text
+    path: Texts
 
 
 class ColumnsSpec(_Node):
-    """Names of the manifest's columns that have a meaning to Braid; the others are kept as they are."""
+    """Names of the source's columns that have a meaning to Braid; the others are kept as they are."""
 
-    id: Text
+    id: Text = "id"
     group: Text | None = None
     event_timestamp: Text | None = None
     available_timestamp: Text | None = None
 
 
 class FieldSpec(_Node):
-    """One field: its modality and the manifest's column with its value (`inline`) or its file's path (`file`)."""
+    """One field: its modality and where its values are in the source.
+
+    `from` names a column of a manifest or a Parquet file. `read` says whether it holds the value itself (`inline`) or its
+    file's path (`file`); without it the source chooses.
+    """
 
     modality: Literal["text", "image", "audio"]
-    column: Text = Field(alias="from")
-    read: Literal["inline", "file"]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_by_modality(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        return {"read": "inline" if raw.get("modality") == "text" else "file"} | raw
+    from_: Text = Field(alias="from")
+    read: Literal["inline", "file"] | None = None
 
 
 class CorpusSpec(_Node):
@@ -114,7 +120,7 @@ class CorpusSpec(_Node):
 
     name: Name
     source: SourceSpec
-    columns: ColumnsSpec
+    columns: ColumnsSpec = ColumnsSpec()
     fields: dict[Name, FieldSpec] = Field(min_length=1)
 
     @field_validator("fields")

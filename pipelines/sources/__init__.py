@@ -1,23 +1,23 @@
 """Corpus formats: one module each, its name is the `type` in the spec.
 
 A source yields references, never bytes: `references()` is what planning and the one shuffle see (about 200 bytes a
-sample), `samples()` reads again what a worker needs to write its shard.
+sample), `samples()` reads again what a worker needs to write its shard. A new format is one new module with
+`open_source(corpus)`; where its samples are rows of named columns, RowSource (rows.py) does all but the reading, and
+files.py knows how a value is fetched, whole or in part, from a disk, an object store or a web server.
 """
 
 import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from featurestore.errors import DecodeError
-
 MAX_VALUE_BYTES = 256 << 20
 """A value larger than this goes to quarantine as `too_large` before it is read."""
 
 
 class SampleRef(NamedTuple):
-    """Where one sample stands in its source: `length` bytes at `offset` of `uri`.
+    """Where one sample stands in its source: `length` bytes at `offset` of `uri`; or row `offset` of it, with length 0.
 
-    `etag` changes when the sample does: a digest over its line in the source and each file's size and time of change.
+    `etag` changes when the sample does: a digest over its columns and each value's size and time of change.
     `bytes` is the size of its values, as far as the source can tell without reading them.
     """
 
@@ -36,6 +36,10 @@ class Value(Protocol):
     @property
     def source(self) -> str:
         """Where it comes from, as the source gives it."""
+        ...
+
+    def stat(self) -> tuple[int, str]:
+        """Its size in bytes (0: not known), and a text that changes when it does; reads nothing of it, raises nothing."""
         ...
 
     def fetch(self) -> bytes:
@@ -64,6 +68,10 @@ class Source(Protocol):
         """Names of all columns of the samples that `references()` has read so far."""
         ...
 
+    def unmatched(self) -> dict[str, str]:
+        """Field -> what its `from` names, of the fields for which `references()` has found nothing so called."""
+        ...
+
     def place(self, reference: SampleRef) -> str:
         """Where a person finds a sample: its file and line, or the like. May read the source once."""
         ...
@@ -78,8 +86,3 @@ def open_source(corpus: dict[str, Any]) -> Source:
     module = importlib.import_module(f"pipelines.sources.{corpus['source']['type'].replace('-', '_')}")
     source: Source = module.open_source(corpus)
     return source
-
-
-def too_large(size: int) -> DecodeError:
-    """The rejection of a value over the limit."""
-    return DecodeError("too_large", f"{size} bytes; at most {MAX_VALUE_BYTES} are allowed")

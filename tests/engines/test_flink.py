@@ -118,7 +118,7 @@ def test_the_spec_of_the_readme_is_one(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     loaded = load(tmp_path / "spec.yaml")
     assert loaded.store.endpoint == "http://minio:9000"
-    assert str(loaded.corpus.source.path) == "/corpus/manifest.jsonl"
+    assert loaded.corpus.source.path == ("/corpus/manifest.jsonl",)
     assert "minio/" + loaded.store.uri.split("/")[2] in SERVICES["bucket"]["entrypoint"]
 
 

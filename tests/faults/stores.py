@@ -33,7 +33,7 @@ def corpus_settings(folder: Path, n: int = SAMPLES, bad: bool = True) -> dict[st
     manifest = write_planted(folder, n=n, bad=bad)
     return {
         "name": "planted",
-        "source": {"type": "manifest", "path": str(manifest)},
+        "source": {"type": "manifest", "path": [str(manifest)]},
         "columns": {"id": "id", "group": "group", "event_timestamp": "added"},
         "fields": {
             "caption": {"modality": "text", "from": "caption", "read": "inline"},

@@ -62,10 +62,10 @@ def test_a_good_spec_is_read_with_its_defaults(tmp_path: Path, monkeypatch: pyte
     assert spec.store.uri == str(tmp_path / "stamps-store")
     corpus = spec.corpus
     assert (corpus.media, corpus.shard_rows, corpus.shard_mb, corpus.failure_budget) == ("copy", 10_000, 512, 0.01)
-    assert {n: (f.column, f.read) for n, f in corpus.fields.items()} == {
-        "image": ("image_path", "file"),
-        "caption": ("caption", "inline"),
-        "sound": ("sound_path", "file"),
+    assert {n: (f.from_, f.read) for n, f in corpus.fields.items()} == {
+        "image": ("image_path", None),
+        "caption": ("caption", None),
+        "sound": ("sound_path", None),
     }
     assert (spec.spaces["seen"].dim, spec.spaces["heard"].dim) == (64, 128)
     assert spec.training_sets["category"].seed == 0
@@ -74,7 +74,7 @@ def test_a_good_spec_is_read_with_its_defaults(tmp_path: Path, monkeypatch: pyte
 
 def test_escapes_in_a_spec_are_what_they_stand_for() -> None:
     spec = parse(changed("sound_path", '"sp\\u2028 \\U0001F600\\x7f"'), "x")
-    assert spec.corpus.fields["sound"].column == "sp\u2028 \U0001f600\x7f"
+    assert spec.corpus.fields["sound"].from_ == "sp\u2028 \U0001f600\x7f"
 
 
 def test_only_what_is_required_is_required() -> None:
@@ -101,7 +101,7 @@ ONE_MISTAKE = [
     ("uri: ./stamps-store", "uri: 's3://k:s@b'", "line 2: store.uri: 's3://k:s@b' is wrong: 's3://k:s@b' is not a"),
     ("name: stamps", "name: Stamps", "line 4: corpus.name: 'Stamps' is not a name; allowed: small letters"),
     ("type: manifest", "type: csv", "line 5: corpus.source.type: 'csv' is not allowed here; allowed: manifest"),
-    ("{id: id, ", "{", "line 6: corpus.columns.id: is missing"),
+    (", path: stamps.jsonl}", "}", "line 5: corpus.source.path: is missing"),
     ("modality: image", "modality: video", "line 8: corpus.fields.image.modality: 'video' is not allowed here (that"),
     ("caption: {modality: text, from", "'Cap.tion': {modality: text, from", "'Cap.tion' is not a name"),
     ("from: sound_path", "form: sound_path", "line 10: corpus.fields.sound.form: is not a key of this section"),

@@ -12,7 +12,8 @@ import pytest
 from featurestore.errors import DecodeError, InputError
 from pipelines import shard
 from pipelines.sources import Sample, open_source
-from pipelines.sources.manifest import FileValue, Manifest
+from pipelines.sources.files import FileValue
+from pipelines.sources.manifest import Manifest
 
 ROWS = [{"id": f"s{n}", "title": f"é {n}", "added": f"2026-01-0{n + 1}"} for n in range(4)]
 BOM = b"\xef\xbb\xbf"
@@ -27,7 +28,7 @@ def source_of(folder: Path, content: bytes) -> Manifest:
     fields = {"title": {"modality": "text", "from": "title", "read": "inline"}}
     columns = {"id": "id", "group": None, "event_timestamp": "added"}
     source = open_source(
-        {"source": {"type": "manifest", "path": f"{folder}/m.jsonl"}, "columns": columns, "fields": fields}
+        {"source": {"type": "manifest", "path": [f"{folder}/m.jsonl"]}, "columns": columns, "fields": fields}
     )
     assert isinstance(source, Manifest)
     return source
@@ -146,7 +147,7 @@ def test_a_file_of_unknown_size_is_read_up_to_the_limit(monkeypatch: pytest.Monk
         threading.Thread(target=server.serve_forever, daemon=True).start()
         value = FileValue(f"http://127.0.0.1:{server.server_port}/a", "it")
         assert value.fetch() == bytes(range(20))
-        monkeypatch.setattr("pipelines.sources.manifest.MAX_VALUE_BYTES", 8)
+        monkeypatch.setattr("pipelines.sources.files.MAX_VALUE_BYTES", 8)
         with pytest.raises(DecodeError, match=r"^too_large: 9 bytes"):
             value.fetch()
         server.shutdown()

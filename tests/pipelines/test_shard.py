@@ -31,7 +31,7 @@ LONG_IDS = ("é" * 90 + "/" + "字" * 60, "x" * 400, "__meta__/in", "ends/in.a/"
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Storage]:
     folder = tmp_path_factory.mktemp("shard")
     settings = corpus_settings(folder / "corpus")
-    manifest = Path(settings["source"]["path"])
+    manifest = Path(settings["source"]["path"][0])
     rows = [{"id": each, "group": "long", "label": "x", "caption": f"caption of {each}"} for each in LONG_IDS]
     with manifest.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -51,13 +51,13 @@ def snapshot(planted: tuple[dict[str, Any], Storage]) -> Snapshot:
 
 
 def manifest_rows(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    lines = Path(settings["source"]["path"]).read_bytes().splitlines()
+    lines = Path(settings["source"]["path"][0]).read_bytes().splitlines()
     return {row["id"]: row for row in (json.loads(line.decode("utf-8", "surrogateescape")) for line in lines)}
 
 
 def test_every_sample_of_the_source_stands_once_with_its_values(settings: dict[str, Any], snapshot: Snapshot) -> None:
     corpus, source = Corpus(snapshot, "planted"), manifest_rows(settings)
-    folder = Path(settings["source"]["path"]).parent
+    folder = Path(settings["source"]["path"][0]).parent
     assert sorted(corpus.to_arrow()["id"].to_pylist()) == sorted(source)
     for entry in corpus.shards:
         for row, sample_id in enumerate(corpus.ids(entry.shard)):
@@ -159,13 +159,13 @@ def test_the_same_source_gives_the_same_store(settings: dict[str, Any], snapshot
 
 
 def test_the_order_of_the_source_does_not_matter(settings: dict[str, Any], snapshot: Snapshot, tmp_path: Path) -> None:
-    corpus = Path(settings["source"]["path"]).parent
+    corpus = Path(settings["source"]["path"][0]).parent
     shutil.copytree(corpus, tmp_path / "corpus", copy_function=shutil.copy2)
     manifest = tmp_path / "corpus" / "manifest.jsonl"
     lines = manifest.read_bytes().splitlines(keepends=True)
     manifest.write_bytes(b"".join(reversed(lines)))
     storage = Storage.of(tmp_path / "store")
-    shard_corpus(storage, settings | {"source": {"type": "manifest", "path": str(manifest)}})
+    shard_corpus(storage, settings | {"source": {"type": "manifest", "path": [str(manifest)]}})
     assert Catalog(storage).snapshot().digest() == snapshot.digest()
 
 
@@ -202,7 +202,7 @@ def named(bench: Bench) -> dict[str, str]:
 
 def test_a_shard_that_is_done_is_adopted_without_reading_the_source(bench: Bench) -> None:
     before = {key: bench.path(key).stat().st_mtime_ns for key in named(bench)}
-    shutil.rmtree(Path(bench.settings["source"]["path"]).parent / "sounds")
+    shutil.rmtree(Path(bench.settings["source"]["path"][0]).parent / "sounds")
     assert bench.write() == named(bench)
     assert {key: bench.path(key).stat().st_mtime_ns for key in before} == before
 
@@ -232,16 +232,16 @@ def test_rows_without_their_tar_do_not_count_as_done(bench: Bench) -> None:
 
 
 def test_a_source_that_changed_under_the_job_is_an_error(bench: Bench) -> None:
-    manifest = Path(bench.settings["source"]["path"])
+    manifest = Path(bench.settings["source"]["path"][0])
     lines = manifest.read_bytes().splitlines(keepends=True)
     manifest.write_bytes(b"".join([lines[-1], *lines[:-1]]))
     bench.path(bench.entry.path).unlink()
-    with pytest.raises(InputError, match=r"the manifest changed while the job ran; run it again"):
+    with pytest.raises(InputError, match=r"the source changed while the job ran; run it again"):
         bench.write()
 
 
 def test_a_second_ingest_adds_shards_and_changes_none(bench: Bench) -> None:
-    manifest = Path(bench.settings["source"]["path"])
+    manifest = Path(bench.settings["source"]["path"][0])
     more = [
         {"id": f"more/{each}", "group": f"g{each}", "label": "x", "caption": f"Number {each}."} for each in range(9)
     ]
@@ -258,7 +258,7 @@ def test_a_second_ingest_adds_shards_and_changes_none(bench: Bench) -> None:
 
 
 def test_changed_and_gone_samples_are_counted(bench: Bench) -> None:
-    manifest = Path(bench.settings["source"]["path"])
+    manifest = Path(bench.settings["source"]["path"][0])
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     rows[0]["caption"] = "Something else."
     sound = next(row["sound_path"] for row in rows[1:-1] if row["sound_path"])
@@ -269,7 +269,7 @@ def test_changed_and_gone_samples_are_counted(bench: Bench) -> None:
 
 
 def test_an_id_that_stands_twice_is_refused_with_both_places(bench: Bench) -> None:
-    manifest = Path(bench.settings["source"]["path"])
+    manifest = Path(bench.settings["source"]["path"][0])
     lines = manifest.read_bytes().splitlines(keepends=True)
     manifest.write_bytes(b"".join([*lines, lines[3]]))
     told = rf"stands twice: {manifest}, line 4 and {manifest}, line {len(lines) + 1}; ids must be unique"

@@ -1,0 +1,163 @@
+"""Sources whose samples are rows of named columns: what they share, which is all but the reading of their files."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from featurestore.errors import InputError
+from featurestore.identity import check_id
+from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
+from pipelines.sources import Sample, SampleRef, Value
+
+__all__ = ["InlineText", "Row", "RowSource"]
+
+
+class InlineText(NamedTuple):
+    """Text that stands in the source itself."""
+
+    text: str
+    source: str
+
+    def stat(self) -> tuple[int, str]:
+        """Its size; it changes with its row."""
+        return len(self.fetch()), ""
+
+    def fetch(self) -> bytes:
+        """Its bytes as they stood in the source, valid UTF-8 or not."""
+        return as_read(self.text)
+
+
+class Row(NamedTuple):
+    """One sample as it stands in a source.
+
+    Args:
+        columns: all of its named columns, those too that fields are read from.
+        values: field -> value, None where it is absent.
+        content: what the etag is a digest of, besides each value's `stat()`: changes where a column does.
+        uri: the file it stands in; offset and length are SampleRef's.
+        where: the file and the line, or the like, for a person.
+    """
+
+    columns: dict[str, Any]
+    values: dict[str, Value | None]
+    content: bytes
+    uri: str
+    offset: int
+    length: int
+    where: str
+
+
+class RowSource(ABC):
+    """Ids, groups, times, etags and kept columns of samples that a subclass reads as rows.
+
+    Args:
+        corpus: the corpus part of a spec.
+        used: columns that are read as fields, and are not kept beside them.
+    """
+
+    def __init__(self, corpus: dict[str, Any], used: Iterable[str] = ()) -> None:
+        self.paths: list[str] = corpus["source"]["path"]
+        self.fields: dict[str, dict[str, Any]] = corpus["fields"]
+        self._names: dict[str, str] = {key: column for key, column in corpus["columns"].items() if column}
+        self._taken = {*self._names.values(), *used}
+        self._reserved = {*RESERVED, *self.fields} - self._taken
+        self._columns: set[str] = set()
+        self._found: set[str] = set()
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row]:
+        """Every sample, in the source's order. Raises InputError, which names the place, on one that cannot be read."""
+
+    @abstractmethod
+    def read(self, references: Iterable[SampleRef]) -> Iterator[Row]:
+        """Rows read again, in the order given."""
+
+    @abstractmethod
+    def place(self, reference: SampleRef) -> str:
+        """Where a person finds a sample."""
+
+    def columns(self) -> set[str]:
+        """Names of all columns of the rows that `references()` has read so far."""
+        return self._columns
+
+    def unmatched(self) -> dict[str, str]:
+        """Field -> its `from`, of the fields that no row read so far has a column or a value of."""
+        return {
+            name: str(field["from"])
+            for name, field in self.fields.items()
+            if name not in self._found and field["from"] not in self._columns
+        }
+
+    def references(self) -> Iterator[SampleRef]:
+        """Every row as a reference; InputError names the place of one without an id, or without a right time."""
+        for row in self.rows():
+            yield self._reference(row)
+
+    def _reference(self, row: Row) -> SampleRef:
+        sample_id, group = self._id_and_group(row)
+        self._times(row)
+        self._columns |= row.columns.keys()
+        if clash := sorted(self._reserved & row.columns.keys()):
+            raise InputError(
+                f"{row.where}: column {clash[0]!r} would be kept beside Braid's own column of that name; rename it in the "
+                f"source, or say in the spec what it is, e.g. corpus.columns: {{group: group}}"
+            )
+        digest, size = hashlib.sha256(row.content), 0
+        for field, value in row.values.items():
+            if value is not None:
+                self._found.add(field)
+                value_bytes, changed = value.stat()
+                size += value_bytes
+                if changed:
+                    digest.update(f"{value_bytes},{changed};".encode())
+        return SampleRef(sample_id, group, digest.hexdigest()[:16], size, row.uri, row.offset, row.length)
+
+    def _id_and_group(self, row: Row) -> tuple[str, str]:
+        sample_id = check_id(row.columns.get(self._names["id"]), row.where)
+        group = row.columns.get(self._names["group"]) if "group" in self._names else None
+        return sample_id, check_id(group, f"{row.where}: group") if group is not None else sample_id
+
+    def _times(self, row: Row) -> dict[str, int | None]:
+        return {
+            name: timestamp_ns(row.columns.get(self._names[name]), row.where)
+            for name in TIMESTAMPS
+            if name in self._names
+        }
+
+    def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
+        """Reads some rows again, in the order given."""
+        references = list(references)
+        for reference, row in zip(references, self.read(references), strict=True):
+            try:
+                sample_id, group = self._id_and_group(row)
+            except InputError:
+                sample_id = group = ""
+            if (sample_id, group) != (reference.id, reference.group):
+                raise InputError(
+                    f"{row.where}: found {sample_id!r} where planning saw {reference.id!r}: the source changed "
+                    "while the job ran; run it again"
+                )
+            kept = {name: value for name, value in row.columns.items() if name not in self._taken}
+            columns = {printable(name): printable(value) for name, value in kept.items()} | self._times(row)
+            yield Sample(sample_id, group, reference.etag, columns, row.values)
+
+
+def inline(value: Any, source: str) -> InlineText:
+    """A column's value as text: itself, or JSON."""
+    return InlineText(value if isinstance(value, str) else json.dumps(value), source)
+
+
+def printable(value: Any) -> Any:
+    """A kept column's value; bytes of a text that are not UTF-8 become U+FFFD, since a table cannot hold them."""
+    return as_read(value).decode("utf-8", "replace") if isinstance(value, str) else value
+
+
+def as_read(text: str) -> bytes:
+    """A text of the source in the bytes that it stood there in, valid UTF-8 or not."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # Half a pair, as JSON's escapes may write one: no UTF-8 either.
+        return text.encode("utf-8", "surrogatepass")
