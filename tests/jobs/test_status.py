@@ -403,7 +403,8 @@ def test_a_shard_that_fails_is_told_with_its_error(caplog: pytest.LogCaptureFixt
     with pytest.raises(StoreError, match="no room"):
         (
             Job().pipeline
-            | beam.Create([task]).with_output_types(EncodeTask)
+            | beam.Create([(0, task)]).with_output_types(tuple[int, EncodeTask])
+            | beam.GroupByKey()
             | beam.ParDo(InFlight("encode loud", Fails()))
         ).pipeline.run()
     (record,) = [each for each in caplog.records if each.name == "braid.encode"]
