@@ -115,7 +115,8 @@ def _index_shard(
         return
     present = np.flatnonzero(np.asarray(stored["present"]))
     numbers = np.asarray(own["row"], np.int64)
-    for number in sorted(set(present.tolist()) - set(numbers.tolist())):
+    wanted = np.intersect1d(present, view.corpus.live_rows(shard))
+    for number in sorted(set(wanted.tolist()) - set(numbers.tolist())):
         look.say(
             rows, f"row {number} of shard {shard} of view {view.name!r} is not in the index", sample_id=ids[number]
         )

@@ -10,6 +10,7 @@ from featurestore.catalog import Entry, Snapshot
 from featurestore.corpora import ROWS
 from featurestore.errors import NotFound
 from featurestore.identity import digest_of
+from featurestore.tombstones import TOMBSTONES
 from featurestore.views import VIEW
 
 SPACE, INDEX, TRAINING = "space", "index", "training"
@@ -69,7 +70,8 @@ def stale(snapshot: Snapshot) -> list[tuple[Entry, str]]:
 
 def _inputs(snapshot: Snapshot, kind: str, settings: dict[str, Any]) -> list[str]:
     shards = snapshot.table(ROWS, settings["corpus"], columns=("shard", "sha256"))
-    inputs = [] if kind == INDEX else shards["sha256"].to_pylist()
+    inputs: list[str] = [] if kind == INDEX else shards["sha256"].to_pylist()
+    inputs += snapshot.table(TOMBSTONES, settings["corpus"], columns=("sha256",))["sha256"].to_pylist()
     if kind == INDEX:
         space = snapshot.entries(SPACE, settings["space"])
         if not space:

@@ -3,6 +3,9 @@
 A corpus shard is two files: a WebDataset tar of raw fields, and a Parquet table with one row per sample in the order of
 the ids. Per field the table has a struct `present, offset, size, digest, ext, miss_reason, source`: offset and size
 locate the value in the tar, so that one value is read without reading the tar.
+
+What is read by sample (`to_arrow`, `locate`, `rows`) leaves out those that are gone (tombstones.py); what is read by place
+(`read`, `ids`, `value`) gives every row that a shard has.
 """
 
 import tarfile
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -17,7 +21,9 @@ from featurestore import artefact
 from featurestore.catalog import Entries, Entry, Snapshot
 from featurestore.errors import AlignmentError, NotFound
 from featurestore.identity import DIGEST_BYTES, ids_sha256, input_digest, tar_key
+from featurestore.ids import Ids
 from featurestore.storage import Storage
+from featurestore.tombstones import gone_rows
 
 ROWS, MEDIA, QUARANTINE = "corpus", "media", "quarantine"
 """Kinds in the catalog: a shard's rows, its tar, and what a stage rejected of it."""
@@ -78,7 +84,6 @@ class Corpus:
             )
         self._snapshot = snapshot
         self._rows: dict[str, pa.Table] = {}
-        self._places: dict[str, tuple[str, int]] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -88,7 +93,25 @@ class Corpus:
     @property
     def rows(self) -> int:
         """Number of samples."""
-        return int(pc.sum(self.shards.table["rows"]).as_py())
+        return int(pc.sum(self.shards.table["rows"]).as_py()) - sum(map(len, self.gone.values()))
+
+    @cached_property
+    def gone(self) -> dict[str, np.ndarray]:
+        """Shard -> int64 numbers of its rows that are gone, ascending; shards that are whole are left out."""
+        return gone_rows(self._snapshot, self.name)
+
+    @cached_property
+    def index(self) -> Ids:
+        """The id index."""
+        return Ids(self._snapshot, self.name)
+
+    def live_rows(self, key: str) -> np.ndarray:
+        """int64 numbers of a shard's rows that are not gone, ascending."""
+        return np.delete(np.arange(self.shard(key).rows), self.gone.get(key, []))
+
+    def live(self, key: str, table: pa.Table) -> pa.Table:
+        """A table with the rows of a shard, without those that are gone."""
+        return table.take(pa.array(self.live_rows(key))) if key in self.gone else table
 
     @property
     def fields(self) -> dict[str, str]:
@@ -146,27 +169,32 @@ class Corpus:
 
     def locate(self, sample_id: str) -> tuple[str, int]:
         """The (shard, row) of a sample; NotFound where the corpus has no such id."""
-        if self._places is None:
-            self._places = self._locate_all()
-        if sample_id not in self._places:
-            raise NotFound(f"corpus {self.name!r} has no sample {sample_id!r} in version {self.version}")
-        return self._places[sample_id]
+        stored = [(key, row) for key, row in self.index.places(sample_id) if self._id_at(key, row) == sample_id]
+        found = [(key, row) for key, row in stored if row not in self.gone.get(key, ())]
+        if len(found) > 1:
+            (first, at), (other, row) = sorted(found)[:2]
+            raise AlignmentError(
+                f"corpus {self.name!r}: id {sample_id!r} stands in shard {first}, row {at}, and in shard {other}, row "
+                f"{row}; run `braid verify`"
+            )
+        if not found:
+            went = " any more: it was taken out of the source, or changed" if stored else ""
+            raise NotFound(f"corpus {self.name!r} has no sample {sample_id!r} in version {self.version}{went}")
+        return found[0]
 
-    def _locate_all(self) -> dict[str, tuple[str, int]]:
-        places: dict[str, tuple[str, int]] = {}
-        for entry in self.shards:
-            for row, found in enumerate(self.ids(entry.shard)):
-                shard, first = places.setdefault(found, (entry.shard, row))
-                if (shard, first) != (entry.shard, row):
-                    raise AlignmentError(
-                        f"corpus {self.name!r}: id {found!r} stands in shard {shard}, row {first}, and in shard "
-                        f"{entry.shard}, row {row}; run `braid verify`"
-                    )
-        return places
+    def _id_at(self, key: str, row: int) -> str:
+        ids = self.read(key)["id"]
+        if row >= len(ids):
+            raise AlignmentError(
+                f"corpus {self.name!r}: the id index names row {row} of shard {key}, which has {len(ids)}; run `braid verify`"
+            )
+        return str(ids[row])
 
     def to_arrow(self) -> pa.Table:
-        """All rows in order, with `shard` and `row` columns in front."""
-        return _concatenated([_located(self.read(entry.shard), entry.shard) for entry in self.shards])
+        """All samples in order, with `shard` and `row` columns in front."""
+        return _concatenated(
+            [self.live(entry.shard, _located(self.read(entry.shard), entry.shard)) for entry in self.shards]
+        )
 
     def value(self, key: str, row: int, field: str) -> bytes | None:
         """A raw value, or None where it is missing.

@@ -70,7 +70,8 @@ def _members(corpus: Corpus, views: Sequence[View], shard: str, raw: bool) -> It
     tables = {view.name: view.read(shard) for view in views}
     matrices = {name: vectors.matrix(table["embedding"]) for name, table in tables.items()}
     present = {name: np.asarray(table["present"]) for name, table in tables.items()}
-    for row, about in enumerate(corpus.columns(shard)):
+    columns = corpus.columns(shard)
+    for row, about in ((row, columns[row]) for row in corpus.live_rows(shard).tolist()):
         yield f"{tar_key(about['id'])}.json", json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
         for name, matrix in matrices.items():
             if present[name][row]:

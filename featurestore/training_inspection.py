@@ -59,7 +59,7 @@ class _Sources:
 
     def labelled(self) -> int:
         """Number of samples that have a label."""
-        shards = (self.corpus.read(entry.shard) for entry in self.corpus.shards)
+        shards = (self.corpus.live(entry.shard, self.corpus.read(entry.shard)) for entry in self.corpus.shards)
         return sum(len(rows) - rows[self.label].null_count for rows in shards)
 
 

@@ -21,10 +21,13 @@ from featurestore.build_inspection import index_build, plain_build, space_build
 from featurestore.catalog import Catalog, Entry, Snapshot
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.encoders import fingerprint_of
-from featurestore.errors import InputError, NotFound
+from featurestore.errors import BraidError, InputError, NotFound
+from featurestore.id_inspection import id_index, tombstone_file
 from featurestore.identity import hash64
+from featurestore.ids import IDS
 from featurestore.inspection import LEVELS, Finding, Inspection, corpus_shard, view_shard
 from featurestore.storage import Storage
+from featurestore.tombstones import TOMBSTONES, gone_rows
 from featurestore.training_inspection import training_build
 
 __all__ = ["LEVELS", "Finding", "Outcome", "Report", "Unit", "catalog_findings", "inspect", "units", "verify"]
@@ -144,12 +147,13 @@ def units(entries: Iterable[Entry]) -> list[Unit]:
     corpora = {lineage: _corpus_of(lineage) for lineage in {entry.lineage for entry in files}}
     for entry in files:
         if entry.kind != views.VIEW:
-            whole[entry.kind, entry.name, entry.recipe].append(entry)
+            shard = entry.shard if entry.kind in (IDS, TOMBSTONES) else ""
+            whole[entry.kind, entry.name, entry.recipe, shard].append(entry)
             continue
         beside = rows.get((corpora[entry.lineage], entry.shard))
         bad = rejected.pop((f"encode/{entry.name}", entry.recipe, entry.shard), None)
         made.append(Unit(views.VIEW, entry.name, tuple(each for each in (entry, beside, bad) if each)))
-    made += [Unit(kind, name, tuple(own)) for (kind, name, _), own in whole.items()]
+    made += [Unit(kind, name, tuple(own)) for (kind, name, *_), own in whole.items()]
     return made + [Unit(QUARANTINE, entry.name, (entry,)) for entry in rejected.values()]
 
 
@@ -180,6 +184,8 @@ def _inspect(look: Inspection, snapshot: Snapshot, unit: Unit) -> list[str]:
     elif unit.kind in builds.BUILDS:
         proof = {builds.SPACE: space_build, builds.INDEX: index_build, builds.TRAINING: training_build}[unit.kind]
         proof(look, snapshot, {entry.shard: entry for entry in unit.entries})
+    elif unit.kind in (IDS, TOMBSTONES):
+        (id_index if unit.kind == IDS else tombstone_file)(look, snapshot, unit.entries[0])
     else:
         plain_build(look, unit.entries)
     return []
@@ -286,18 +292,24 @@ def _fresh(look: Inspection, snapshot: Snapshot, kind: str, name: str) -> None:
 
 
 def _repeated_ids(snapshot: Snapshot, todo: list[Unit], outcomes: list[Outcome]) -> list[Finding]:
-    """Ids that stand in two shards of a corpus: found by their hashes, named by reading those shards again."""
+    """Ids that stand in two shards of a corpus and are not gone: found by their hashes, named by reading those shards again."""
     look = Inspection(snapshot.storage, LEVELS[0])
     by_corpus: dict[str, list[tuple[Entry, np.ndarray]]] = defaultdict(list)
     for unit, outcome in zip(todo, outcomes, strict=True):
         if outcome.ids:
             by_corpus[unit.name].append((unit.entries[0], np.frombuffer(outcome.ids, np.uint64)))
-    for shards in by_corpus.values():
-        hashes, counts = np.unique(np.concatenate([each for _, each in shards]), return_counts=True)
+    for corpus, shards in by_corpus.items():
+        try:
+            gone = gone_rows(snapshot, corpus)
+        except BraidError:
+            gone = {}  # told where the tombstones themselves are inspected
+        hashes, counts = np.unique(
+            np.concatenate([np.delete(each, gone.get(entry.shard, [])) for entry, each in shards]), return_counts=True
+        )
         repeated = hashes[counts > 1]
         seen: dict[int, tuple[str, int]] = {}
         for entry, own in shards if len(repeated) else ():
-            for row in np.flatnonzero(np.isin(own, repeated)).tolist():
+            for row in np.setdiff1d(np.flatnonzero(np.isin(own, repeated)), gone.get(entry.shard, [])).tolist():
                 first = seen.setdefault(int(own[row]), (entry.shard, row))
                 if first != (entry.shard, row):
                     look.say(entry, f"its id stands in shard {first[0]}, row {first[1]}, too", row)

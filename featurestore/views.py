@@ -126,7 +126,12 @@ class View:
                 f"{len(shards)}{f' (missing: {missing[0]} …)' if len(missing) else ''}; "
                 "`braid run` encodes what is missing"
             )
-        self._starts = np.cumsum([0, *shards["rows"].to_pylist()])
+        gone = self.corpus.gone
+        live = [
+            rows - len(gone.get(shard, ()))
+            for shard, rows in zip(shards["shard"].to_pylist(), shards["rows"].to_pylist(), strict=True)
+        ]
+        self._starts = np.cumsum([0, *live])
 
     def __repr__(self) -> str:
         made = f"{self.encoder['key']} of {self.corpus.name}.{self.field}"
@@ -144,7 +149,7 @@ class View:
 
     @property
     def rows(self) -> int:
-        """Number of rows: one per sample of the corpus, missing values included."""
+        """Number of rows: one per sample of the corpus that is not gone, missing values included."""
         return self.corpus.rows
 
     @property
@@ -193,11 +198,11 @@ class View:
     def to_arrow(self, columns: Sequence[str] = COLUMNS) -> pa.Table:
         """All rows in the order of the corpus."""
         _check_columns(columns)
-        return pa.concat_tables([self._table(shard.shard, columns) for shard in self.corpus.shards])
+        return pa.concat_tables([self._live(shard.shard, columns) for shard in self.corpus.shards])
 
     def matrix(self) -> tuple[np.ndarray, np.ndarray]:
         """(float32 [rows, dim] with rows of NaN where missing, bool [rows] present), in the order of the corpus."""
-        tables = [self.read(shard.shard) for shard in self.corpus.shards]
+        tables = [self.corpus.live(shard.shard, self.read(shard.shard)) for shard in self.corpus.shards]
         present = np.concatenate([np.asarray(table["present"]) for table in tables])
         return np.concatenate([vectors.matrix(table["embedding"]) for table in tables]), present
 
@@ -207,7 +212,7 @@ class View:
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not allowed; at least 1")
         for shard in self.corpus.shards:
-            yield from self._table(shard.shard, columns).to_batches(max_chunksize=batch_size)
+            yield from self._live(shard.shard, columns).to_batches(max_chunksize=batch_size)
 
     def take(self, ids: Sequence[str] | Sequence[int] | np.ndarray, columns: Sequence[str] = COLUMNS) -> pa.Table:
         """Rows by id or by row number in the corpus, one for each asked for, in the order asked for.
@@ -237,7 +242,11 @@ class View:
         if not 0 <= row < self.rows:
             raise NotFound(f"view {self.name!r} has no row {row}; it has rows 0 to {self.rows - 1}")
         at = int(np.searchsorted(self._starts, row, "right")) - 1
-        return self.corpus.shards[at].shard, row - int(self._starts[at])
+        shard = self.corpus.shards[at].shard
+        return shard, int(self.corpus.live_rows(shard)[row - int(self._starts[at])])
+
+    def _live(self, shard: str, columns: Sequence[str]) -> pa.Table:
+        return self.corpus.live(shard, self._table(shard, columns))
 
     def _table(self, shard: str, columns: Sequence[str]) -> pa.Table:
         stored = self.read(shard)

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from featurestore import builds
 from featurestore.catalog import Catalog, Snapshot, lost
-from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
+from featurestore.corpora import MEDIA, QUARANTINE, ROWS
 from featurestore.errors import InputError, NotFound, StoreError
+from featurestore.ids import IDS
 from featurestore.storage import Storage
+from featurestore.tombstones import TOMBSTONES
 from featurestore.views import VIEW
 from jobs.report import counted
 from jobs.spec import Spec
@@ -56,28 +58,17 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
 
     Raises:
         StoreError: a file of the stored corpus is gone.
-        InputError: samples changed since they were stored, or the corpus's fields did: an ingest only adds.
+        InputError: the source holds nothing, or the corpus's fields changed since it was stored.
     """
     corpus = corpus_dict(spec)
     name, source = corpus["name"], open_source(corpus)
     _check_settings(snapshot, corpus)
     if name in snapshot.names(ROWS):
         _check_whole(snapshot, name)
-    known = shard.known_etags(snapshot, name)
-    found = (
-        shard.scan(source, known, shard.same_content(Corpus(snapshot, name), source))
-        if known
-        else shard.scan(source, {})
-    )
+    found = shard.scan(source, shard.Known(snapshot, name))
     if not found.samples + found.known:
         raise InputError(f"{_path(spec)} holds no samples; name another one in corpus.source.path")
     _check_columns(spec, source)
-    if found.changed:
-        raise InputError(
-            f"corpus {name!r}: {found.changed} of its samples (their files, or what {_path(spec)} says of them) "
-            "changed since they were stored; shards are never changed, so give the changed samples new ids, or name "
-            "another store or corpus"
-        )
     return found
 
 
@@ -156,8 +147,9 @@ def planned_build(snapshot: Snapshot, stage: str, name: str, settings: dict[str,
 def steps(spec: Spec, snapshot: Snapshot) -> list[Step]:
     """Every step of a spec, in order, with its state."""
     first = _shard_step(spec, snapshot)
-    encodes = list(_encode_steps(spec, snapshot, first.state))
-    views = _outcomes(spec, snapshot, encodes, grows=first.state != FRESH)
+    encodes = list(_encode_steps(spec, snapshot, grows=first.todo > 0))
+    changes = dict.fromkeys(spec.views, STALE)  # samples come or go
+    views = changes if first.state != FRESH else _outcomes(spec, snapshot, encodes)
     spaces = list(_build_steps(spec, snapshot, "align", views))
     # A space that only lost a file is remade, in all likelihood with the same bytes.
     behind = {step.name: PENDING if step.why == GONE else step.state for step in spaces if step.state != FRESH}
@@ -187,7 +179,7 @@ def unlisted(spec: Spec, snapshot: Snapshot) -> list[str]:
     return found
 
 
-def _outcomes(spec: Spec, snapshot: Snapshot, encodes: list[Step], *, grows: bool) -> dict[str, str]:
+def _outcomes(spec: Spec, snapshot: Snapshot, encodes: list[Step]) -> dict[str, str]:
     """What a view that is not fresh means to what is made from it: name -> STALE or PENDING.
 
     Stale where the view will change for sure: it gets more rows, or another recipe. Else its lost shards are remade, in all
@@ -196,7 +188,7 @@ def _outcomes(spec: Spec, snapshot: Snapshot, encodes: list[Step], *, grows: boo
     recipes = {plan.name: plan.recipe for plan in view_plans(spec)}
     total = _count(snapshot, ROWS, spec.corpus.name)
     return {
-        step.name: STALE if grows or _count(snapshot, VIEW, step.name, recipes[step.name]) != total else PENDING
+        step.name: STALE if _count(snapshot, VIEW, step.name, recipes[step.name]) != total else PENDING
         for step in encodes
         if step.state != FRESH
     }
@@ -208,17 +200,17 @@ def _count(snapshot: Snapshot, kind: str, name: str, recipe: str | None = None) 
 
 def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
     found, corpus = ingest(spec, snapshot), corpus_dict(spec)
-    gone = f"; no longer in the source, and kept: {counted(found.gone, 'sample')}" if found.gone else ""
-    if not found.samples:
-        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored{gone}")
-    why = f"{counted(found.samples, 'new sample')}{gone}"
-    return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, why)
+    if not found.samples + found.gone:
+        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored")
+    parts = {"new": found.samples - found.changed, "changed": found.changed, "gone": found.gone}
+    why = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
+    return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, f"samples: {why}")
 
 
 def _check_whole(snapshot: Snapshot, name: str) -> None:
     """StoreError where a file of a stored corpus is gone or has another size."""
     listing = snapshot.storage.list(f"corpora/{name}") | snapshot.storage.list(f"quarantine/shard/{name}")
-    scopes = ((ROWS, name), (MEDIA, name), (QUARANTINE, f"shard/{name}"))
+    scopes = (*((kind, name) for kind in (ROWS, MEDIA, IDS, TOMBSTONES)), (QUARANTINE, f"shard/{name}"))
     tables = [lost(snapshot.table(*scope, columns=("path", "bytes")), listing) for scope in scopes]
     missing = [path for table in tables for path in table["path"].to_pylist()]
     if missing:
@@ -228,14 +220,14 @@ def _check_whole(snapshot: Snapshot, name: str) -> None:
         )
 
 
-def _encode_steps(spec: Spec, snapshot: Snapshot, corpus_state: str) -> Iterator[Step]:
+def _encode_steps(spec: Spec, snapshot: Snapshot, *, grows: bool) -> Iterator[Step]:
     for plan in view_plans(spec):
-        if corpus_state != FRESH and spec.corpus.name not in snapshot.names(ROWS):
+        if grows and spec.corpus.name not in snapshot.names(ROWS):
             yield Step("encode", plan.name, STALE, 0, 0, "its corpus is new")
             continue
         tasks = encode.stale(snapshot, plan, encode.listed(snapshot.storage, plan))
         total = _count(snapshot, ROWS, spec.corpus.name)
-        if corpus_state != FRESH:
+        if grows:
             yield Step("encode", plan.name, STALE, len(tasks), total, "its corpus grows")
         elif tasks:
             yield Step("encode", plan.name, STALE, len(tasks), total, _why(snapshot, plan, len(tasks)))

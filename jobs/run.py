@@ -122,7 +122,7 @@ class Runner:
     def _shard(self) -> None:
         snapshot = self._snapshot()
         found, corpus = plan.ingest(self.spec, snapshot), plan.corpus_dict(self.spec)
-        if not found.samples:
+        if not found.samples + found.gone:
             return
         for path in self.spec.corpus.source.path:
             dataflow.check_source(self.beam_args, path)

@@ -78,7 +78,8 @@ def _rows(view: View, present: np.ndarray, vectors: np.ndarray) -> pa.Table:
     places = [
         (shard.shard, row, sample_id)
         for shard in view.corpus.shards
-        for row, sample_id in enumerate(view.corpus.ids(shard.shard))
+        for ids in [view.corpus.ids(shard.shard)]
+        for row, sample_id in ((row, ids[row]) for row in view.corpus.live_rows(shard.shard).tolist())
     ]
     kept = [place for place, there in zip(places, present.tolist(), strict=True) if there]
     digests = [row_digest(place[2], None, vector.tobytes()) for place, vector in zip(kept, vectors, strict=True)]

@@ -5,36 +5,54 @@ range is sorted by (hash(group), group, id) and cut when rows or bytes would ove
 of their ids. The cuts are written to the store as a plan, one row group per shard, and only descriptors of them travel on.
 A worker then fetches a shard's values, checks them, and writes its tar first and its rows second: the second means done.
 
-Shard keys come from the set of new (id, etag) alone, so any runner and any number of workers write the same bytes.
+A sample that changed is a tombstone for the old row and a row in the new ingest; one that is gone is a tombstone. What was
+stored before is never touched. An ingest whose samples only were touched does nothing.
+
+Shard keys come from the sets of new, changed and gone samples alone, so any runner and any number of workers write the same
+bytes.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from featurestore import artefact
-from featurestore.catalog import Catalog, Snapshot
+from featurestore import artefact, ids
+from featurestore.catalog import Catalog, Entry, Snapshot
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.encoders.runtime import keep_freed_memory
 from featurestore.errors import DecodeError, InputError
 from featurestore.identity import IngestDigest, hash64, input_digest
+from featurestore.ids import IDS, Ids, hashes
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
-from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
+from featurestore.tombstones import CHANGED, GONE, SCHEMA, TOMBSTONES
+from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result, typed
 from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
 from pipelines.sources import SampleRef, Source, Value, open_source
 
 SHARDS_PER_RANGE = 32
+_BATCH = 65_536
+"""References whose ids are looked up at once."""
+
+NEW, SAME = "new", "same"
+"""What a sample of the source is to the store; or CHANGED, of tombstones.py."""
 
 typed(SampleRef)
 
 
 class Ingest(NamedTuple):
-    """What a source holds that the store does not: the size of the job, known before it starts."""
+    """What a source holds that the store does not: the size of the job, known before it starts.
+
+    `samples` are to be written: new ones, and the `changed` ones among them. `known` stand in the store as they are; `gone`
+    are in the store and no longer in the source.
+    """
 
     key: str
     samples: int
@@ -50,57 +68,78 @@ class Ingest(NamedTuple):
         return max(1, -(-int(max(by_rows, by_bytes)) // SHARDS_PER_RANGE))
 
 
-def known_etags(snapshot: Snapshot, name: str) -> dict[str, str]:
-    """Id -> etag of every sample of a corpus in the store; empty where the corpus is new."""
-    if name not in snapshot.names(ROWS):
-        return {}
-    corpus = Corpus(snapshot, name)
-    known: dict[str, str] = {}
-    for entry in corpus.shards:
-        rows = corpus.read(entry.shard)
-        known.update(zip(rows["id"].to_pylist(), rows["etag"].to_pylist(), strict=True))
-    return known
+class Known:
+    """What the store holds of a corpus, to compare a source with: 24 bytes a sample, and no rows are read.
 
-
-def scan(
-    source: Source, known: dict[str, str], unchanged: Callable[[SampleRef], bool] = lambda reference: False
-) -> Ingest:
-    """Reads all references once and says what is new. InputError where an id stands twice, naming both places.
-
-    Args:
-        source: the corpus's source.
-        known: id -> etag of what the store holds.
-        unchanged: asked of a sample with another etag than the stored one: whether it is the same all the same.
+    A sample whose etag is another is the same all the same where its columns and values are: it was only touched or copied.
     """
-    digest, size, changed, seen = IngestDigest(), 0, 0, 0
-    hashes: list[int] = []
-    for reference in source.references():
-        seen += 1
-        hashes.append(hash64(reference.id))
-        etag = known.get(reference.id)
-        if etag is None:
-            digest.add(reference.id, reference.etag)
-            size += reference.bytes
-        elif etag != reference.etag and not unchanged(reference):
-            changed += 1
-    unique, counts = np.unique(np.array(hashes, np.uint64), return_counts=True)
-    if len(unique) < len(hashes):
-        _name_duplicate(source, set(unique[counts > 1].tolist()))
-    return Ingest(digest.key(), digest.count, size, seen - digest.count, changed, len(known) - (seen - digest.count))
 
+    def __init__(self, snapshot: Snapshot, name: str) -> None:
+        self._corpus = Corpus(snapshot, name) if name in snapshot.names(ROWS) else None
+        self._ids = Ids(snapshot, name)
+        self._gone = np.zeros(len(self._ids), bool)
+        for shard, rows in (self._corpus.gone if self._corpus else {}).items():
+            places = self._ids.by_shard[shard]
+            self._gone[places[np.isin(self._ids.rows[places], rows)]] = True
 
-def same_content(corpus: Corpus, source: Source) -> Callable[[SampleRef], bool]:
-    """Tells a sample whose files were only touched or copied from one that changed: by its columns and its values' digests."""
+    def compare(self, source: Source) -> Iterator[tuple[SampleRef, str, str]]:
+        """Every reference of a source, whether it is NEW, SAME or CHANGED, and where it stood before, in words.
 
-    def unchanged(reference: SampleRef) -> bool:
+        Afterwards `tombstones` has what of the store was not among them, or changed.
+        """
+        self._seen = self._gone.copy()
+        self._changed: list[int] = []
+        references = source.references()
+        while batch := list(itertools.islice(references, _BATCH)):
+            found = self._ids.find(hashes([reference.id for reference in batch]))
+            for reference, first in zip(batch, found.tolist(), strict=True):
+                state = NEW if first < 0 else self._state(reference, first, source)
+                before = [] if first < 0 or state == SAME else self._ids.places(reference.id)
+                yield reference, state, " ".join(f"{shard}/{row}" for shard, row in sorted(before))
+
+    def tombstones(self) -> pa.Table:
+        """What `compare` found gone or changed, as a table of `tombstones.SCHEMA`."""
+        rows = []
+        left = ((place, GONE) for place in np.flatnonzero(~self._seen).tolist())
+        for place, why in itertools.chain(left, ((place, CHANGED) for place in self._changed)):
+            shard, row = self._ids.shard(place), int(self._ids.rows[place])
+            rows.append((shard, row, self._rows(shard)["id"][row].as_py(), why))
+        columns = [list(column) for column in zip(*sorted(rows), strict=True)] or [[]] * len(SCHEMA)
+        return pa.table(columns, schema=SCHEMA)
+
+    def _state(self, reference: SampleRef, first: int, source: Source) -> str:
+        """Of the stored samples with the hash of this one's id, the one that it is."""
+        etag, place = np.uint64(hash64(reference.etag)), first
+        while place < len(self._ids) and self._ids.hash[place] == self._ids.hash[first]:
+            if not self._gone[place]:
+                if self._ids.etag[place] == etag:
+                    self._seen[place] = True
+                    return SAME
+                shard, row = self._ids.shard(place), int(self._ids.rows[place])
+                if self._rows(shard)["id"][row].as_py() == reference.id:
+                    self._seen[place] = True
+                    if self._same(self._rows(shard).slice(row, 1), reference, source):
+                        return SAME
+                    self._changed.append(place)
+                    return CHANGED
+            place += 1
+        return NEW
+
+    def _rows(self, shard: str) -> pa.Table:
+        assert self._corpus is not None
+        return self._corpus.read(shard)
+
+    def _same(self, rows: pa.Table, reference: SampleRef, source: Source) -> bool:
+        """Whether a stored sample has the columns and the values that the source gives now."""
+        assert self._corpus is not None
         (sample,) = source.samples([reference])
-        key, row = corpus.locate(reference.id)
-        rows = corpus.read(key).slice(row, 1)
         times = [name for name in TIMESTAMPS if name in rows.column_names]
         stored = rows.drop_columns(times).to_pylist()[0]
         columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
         kept = {
-            name for name in stored if name not in {"id", "group", "etag", *corpus.fields} and stored[name] is not None
+            name
+            for name in stored
+            if name not in {"id", "group", "etag", *self._corpus.fields} and stored[name] is not None
         }
         return (
             stored["group"] == sample.group
@@ -110,7 +149,27 @@ def same_content(corpus: Corpus, source: Source) -> Callable[[SampleRef], bool]:
             and all(_same_value(stored[name], value) for name, value in sample.values.items())
         )
 
-    return unchanged
+
+def scan(source: Source, known: Known) -> Ingest:
+    """Reads all references once and says what is to do. InputError where an id stands twice, naming both places."""
+    digest, size, counts = IngestDigest(), 0, Counter[str]()
+    seen = array("Q")
+    for reference, state, before in known.compare(source):
+        seen.append(hash64(reference.id))
+        counts[state] += 1
+        if state != SAME:
+            # With where it stood before: one that comes back as it was is another ingest than its first.
+            digest.add(reference.id, reference.etag + before)
+            size += reference.bytes
+    unique = np.sort(np.frombuffer(seen, np.uint64))
+    if len(twice := unique[1:][unique[1:] == unique[:-1]]):
+        _name_duplicate(source, set(twice.tolist()))
+    samples, gone = digest.count, 0
+    for shard, row, sample_id, why in zip(*known.tombstones().to_pydict().values(), strict=True):
+        if why == GONE:
+            digest.add(sample_id, f"gone from {shard}, row {row}")
+            gone += 1
+    return Ingest(digest.key(), samples, size, counts[SAME], counts[CHANGED], gone)
 
 
 def _same_value(member: dict[str, Any], value: Value | None) -> bool:
@@ -157,21 +216,49 @@ def range_of(group: str, ranges: int) -> int:
 
 
 class _ReadNew(beam.DoFn):
-    """Yields (range, reference) for every sample that the store does not hold."""
+    """Yields (range, reference) for every sample that is new or changed."""
 
     def __init__(self, storage: str, corpus: str, ranges: int, version: int) -> None:
         self._storage, self._corpus, self._ranges, self._version = storage, corpus, ranges, version
 
     def process(self, _: Any) -> Iterator[tuple[int, SampleRef]]:
         corpus = json.loads(self._corpus)
-        known = known_etags(Catalog(Storage.from_json(self._storage)).snapshot(self._version), corpus["name"])
-        for reference in open_source(corpus).references():
-            if reference.id not in known:
+        known = Known(Catalog(Storage.from_json(self._storage)).snapshot(self._version), corpus["name"])
+        for reference, state, _before in known.compare(open_source(corpus)):
+            if state != SAME:
                 yield range_of(reference.group, self._ranges), reference
 
 
+class _Bury(beam.DoFn):
+    """Reads the source to its end and places a tombstone for each sample that is gone or changed."""
+
+    def __init__(self, storage: str, corpus: str, ingest: Ingest, version: int) -> None:
+        self._storage, self._corpus, self._ingest, self._version = storage, corpus, ingest, version
+
+    def process(self, _: Any) -> Iterator[tuple[int, Result]]:
+        storage, corpus, ingest = Storage.from_json(self._storage), json.loads(self._corpus), self._ingest
+        known = Known(Catalog(storage).snapshot(self._version), corpus["name"])
+        for _ in known.compare(open_source(corpus)):
+            pass
+        table = known.tombstones()
+        if len(table) != ingest.gone + ingest.changed:
+            raise InputError(
+                f"corpus {corpus['name']!r}: {len(table)} samples are gone or changed where planning saw "
+                f"{ingest.gone + ingest.changed}: the source changed while the job ran; run it again"
+            )
+        key = f"{ingest.key}-gone"
+        footer = {"kind": TOMBSTONES, "name": corpus["name"], "rows": len(table)}
+        placed = artefact.place_table(storage, table, f"corpora/{corpus['name']}/{key}", footer)
+        yield keyed(result(key, [_entry(TOMBSTONES, corpus["name"], key, placed, len(table))]))
+
+
+def _entry(kind: str, corpus: str, shard: str, placed: artefact.Placed, rows: int) -> Entry:
+    path, size, sha256 = placed
+    return Entry(kind, corpus, "", shard, path, rows, size, sha256)
+
+
 class _PlanRange(beam.DoFn):
-    """Cuts a range into shards, writes the plan and yields a descriptor for each shard, under a key of its own."""
+    """Cuts a range into shards, writes the plan and the ids, and yields a descriptor of each shard, under a key of its own."""
 
     def __init__(self, storage: str, corpus: str, ingest: str) -> None:
         self._storage, self._corpus, self._ingest = storage, corpus, ingest
@@ -180,13 +267,19 @@ class _PlanRange(beam.DoFn):
         number, references = element
         storage, corpus = Storage.from_json(self._storage), json.loads(self._corpus)
         shards = cut(references, corpus["shard_rows"], corpus["shard_mb"] << 20)
-        with storage.scratch() as folder:
-            local = folder / "plan.parquet"
+        folder, stem = f"corpora/{corpus['name']}", f"{self._ingest}-{number:05d}"
+        with storage.scratch() as scratch:
+            local = scratch / "plan.parquet"
             write_plan(local, shards)
-            plan = artefact.place(storage, local, f"corpora/{corpus['name']}/plans/{self._ingest}-{number:05d}")
+            plan = artefact.place(storage, local, f"{folder}/plans/{stem}")
+        table = ids.table([([ref.id for ref in part], [ref.etag for ref in part]) for part in shards])
+        placed = artefact.place_table(storage, table, f"{folder}/ids/{stem}", {"kind": IDS, "rows": len(table)})
+        index = json.dumps([_entry(IDS, corpus["name"], f"{stem}-00000", placed, len(table))])
         for part in range(len(shards)):
-            shard = f"{self._ingest}-{number:05d}-{part:05d}"
-            yield hash64(shard) >> 1, ShardTask(shard, plan.path, plan.sha256, part)
+            shard = f"{stem}-{part:05d}"
+            # The first shard's Result brings the range's id index into the catalog.
+            task = ShardTask(shard, plan.path, plan.sha256, part, "[]" if part else index)
+            yield hash64(shard) >> 1, task
 
 
 class ShardWork(NamedTuple):
@@ -214,26 +307,33 @@ class Shard(beam.PTransform):
         super().__init__()
         self._args = (storage.to_json(), json.dumps(corpus, sort_keys=True))
         self._do_fn = InFlight(f"shard {corpus['name']}", ShardWork(*self._args), processes)
-        self._ingest, self._ranges, self._version = ingest.key, ingest.ranges(corpus), version
+        self._ingest, self._ranges, self._version = ingest, ingest.ranges(corpus), version
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection:
         """Pipeline -> PCollection of keyed Results."""
-        return (
+        written = (
             begin
             | "Start" >> beam.Create([0])
             | "ReadReferences"
             >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, SampleRef])
             | "GroupByRange" >> beam.GroupByKey()
-            | "PlanShards" >> beam.ParDo(_PlanRange(*self._args, self._ingest)).with_output_types(tuple[int, ShardTask])
+            | "PlanShards"
+            >> beam.ParDo(_PlanRange(*self._args, self._ingest.key)).with_output_types(tuple[int, ShardTask])
             | "Spread" >> beam.GroupByKey()
             | "WriteShards" >> beam.ParDo(self._do_fn).with_output_types(tuple[int, Result])
         )
+        if not self._ingest.gone + self._ingest.changed:
+            return written
+        bury = _Bury(*self._args, self._ingest, self._version)
+        buried = begin | "Again" >> beam.Create([0]) | "Bury" >> beam.ParDo(bury).with_output_types(tuple[int, Result])
+        return (written, buried) | "All" >> beam.Flatten()
 
 
 def build(job: Job, storage: Storage, corpus: dict[str, Any], ingest: Ingest, version: int) -> None:
     """Puts the shard job into a pipeline: write every new shard, then one commit."""
     name = corpus["name"]
-    scopes = [Scope(ROWS, name, ""), Scope(MEDIA, name, ""), Scope(QUARANTINE, f"shard/{name}", "")]
+    scopes = [Scope(kind, name, "") for kind in (ROWS, MEDIA, IDS, TOMBSTONES)]
+    scopes.append(Scope(QUARANTINE, f"shard/{name}", ""))
     (
         job.pipeline
         | "Shard" >> Shard(storage, corpus, ingest, version, job.workers)

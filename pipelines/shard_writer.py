@@ -55,12 +55,16 @@ Fetch = Fetched | DecodeError | None
 
 @typed
 class ShardTask(NamedTuple):
-    """A descriptor of one shard to write: row group `row_group` of the plan at `plan_path`."""
+    """A descriptor of one shard to write: row group `row_group` of the plan at `plan_path`.
+
+    `entries` is a JSON list of what else of its range comes into the catalog with it.
+    """
 
     key: str
     plan_path: str
     plan_sha256: str
     row_group: int
+    entries: str = "[]"
 
 
 _PLAN = pa.schema(
@@ -103,14 +107,14 @@ class ShardWriter:
         done = self._adopt(task, ids)
         if done is not None:
             self.storage.delete(receipt)
-            return done
+            return _with(done, task.entries)
         with attempt(self.storage, receipt) as again:
             if not again:
-                return self._make(task, references, ids)
+                return _with(self._make(task, references, ids), task.entries)
             with DecodeApart() as apart:
                 careful = copy.copy(self)
                 careful._apart = apart
-                return careful._make(task, references, ids)
+                return _with(careful._make(task, references, ids), task.entries)
 
     def _adopt(self, task: ShardTask, ids: str) -> Result | None:
         """The Result of a shard that an earlier run finished: its rows are there, and so is the tar they name."""
@@ -261,6 +265,10 @@ class ShardWriter:
         except DecodeError as error:
             return error
         return Fetched(raw, input_digest(raw))
+
+
+def _with(made: Result, entries: str) -> Result:
+    return made._replace(entries=json.dumps([*json.loads(made.entries), *json.loads(entries)]))
 
 
 def _extension(modality: str, raw: bytes) -> str:

@@ -50,7 +50,7 @@ def shard_corpus(storage: Storage, corpus: dict[str, Any]) -> None:
     catalog = Catalog(storage)
     catalog.create()
     snapshot = catalog.snapshot()
-    ingest = shard.scan(open_source(corpus), shard.known_etags(snapshot, corpus["name"]))
+    ingest = shard.scan(open_source(corpus), shard.Known(snapshot, corpus["name"]))
     job = runner.Job()
     shard.build(job, storage, corpus, ingest, snapshot.version)
     job.run()

@@ -19,6 +19,7 @@ from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, ROWS, Corpus
 from featurestore.encoders import fingerprint_of
 from featurestore.errors import AlignmentError, InputError, NotFound
 from featurestore.identity import from_tar_key, row_digest
+from featurestore.ids import IDS
 from featurestore.inspection import MOST_NAMED, Inspection
 from featurestore.storage import Storage
 from featurestore.verify import LEVELS, inspect, units, verify
@@ -431,9 +432,11 @@ def test_nothing_of_a_corpus_is_to_be_deleted(broken: Broken, kind: str) -> None
     for content in (broken.path(entry).read_bytes()[:-9] + b"damaged!!", None):
         broken.change(entry, content, False)
         found = verify(broken.storage).findings
-        assert {each.kind for each in found} == ({ROWS, VIEW} if kind == ROWS else {kind})
+        assert {each.kind for each in found} == ({ROWS, VIEW, IDS} if kind == ROWS else {kind})
         for each in found:
-            assert each.mend.startswith("mend that first" if each.kind == VIEW else "put the file back from a copy")
+            assert each.mend.startswith(
+                "mend that first" if each.kind in (VIEW, IDS) else "put the file back from a copy"
+            )
 
 
 def test_many_wrong_rows_are_counted_not_listed(whole: Whole) -> None:

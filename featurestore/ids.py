@@ -1,0 +1,104 @@
+"""The id index of a corpus: where an id stands, and what it was like when it was stored, without reading any rows.
+
+An ingest writes one file for each of its ranges, with 24 bytes a sample: a hash of the id, its part (the last number of its
+shard's key) and row, and a hash of its etag, sorted by the first. Equal hashes of two ids are told apart by the rows.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from featurestore import artefact
+from featurestore.catalog import Snapshot
+from featurestore.errors import AlignmentError
+from featurestore.identity import hash64
+
+__all__ = ["IDS", "SCHEMA", "Ids", "hashes", "table"]
+
+IDS = "ids"
+"""Kind in the catalog; its shard is the first of the range's."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("hash", pa.uint64(), nullable=False),
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("etag", pa.uint64(), nullable=False),
+    ]
+)
+
+
+def table(shards: Sequence[tuple[list[str], list[str]]]) -> pa.Table:
+    """The id index of a range: of each of its shards the ids and the etags, in the order of its rows."""
+    lengths = [len(own) for own, _ in shards]
+    columns = {
+        "hash": hashes([sample_id for own, _ in shards for sample_id in own]),
+        "part": np.repeat(np.arange(len(shards), dtype=np.int32), lengths),
+        "row": np.concatenate([np.arange(length, dtype=np.int32) for length in [*lengths, 0]]),
+        "etag": hashes([etag for _, etags in shards for etag in etags]),
+    }
+    return pa.table(columns, schema=SCHEMA).sort_by([(name, "ascending") for name in ("hash", "part", "row")])
+
+
+def hashes(texts: list[str]) -> np.ndarray:
+    """uint64 [n]: `hash64` of each."""
+    return np.array([hash64(text) for text in texts], np.uint64)
+
+
+class Ids:
+    """Every stored sample of a corpus, those that are gone too, sorted by the hash of its id.
+
+    Attributes:
+        hash: uint64 [n].
+        etag: uint64 [n], `hash64` of the etag.
+        rows: int32 [n], row in its shard.
+    """
+
+    def __init__(self, snapshot: Snapshot, corpus: str) -> None:
+        tables, keys = [SCHEMA.empty_table()], []
+        for entry in snapshot.entries(IDS, corpus):
+            content = artefact.read_checked(snapshot.storage, entry.path, entry.sha256)
+            with artefact.parsing(entry.path):
+                own = artefact.read_table(content).replace_schema_metadata(None)
+            if own.schema != SCHEMA or len(own) != entry.rows:
+                raise AlignmentError(f"{entry.path} is not an id index of {entry.rows} rows; run `braid verify`")
+            tables.append(own)
+            keys.append(entry.shard.rpartition("-")[0])
+        columns = {name: np.concatenate([np.asarray(each[name]) for each in tables]) for name in SCHEMA.names}
+        order = np.argsort(columns["hash"], kind="stable")
+        self.hash, self.etag = columns["hash"][order], columns["etag"][order]
+        self.rows, self._parts = columns["row"][order], columns["part"][order]
+        lengths = [len(each) for each in tables[1:]]
+        self._ranges = np.repeat(np.arange(len(keys), dtype=np.int32), lengths)[order]
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self.hash)
+
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """int64 [m]: the first place of each hash of uint64 [m], or -1. Places of equal hashes follow each other."""
+        if not len(self):
+            return np.full(len(wanted), -1, np.int64)
+        at = np.searchsorted(self.hash, wanted)
+        found: np.ndarray = np.where(self.hash[np.minimum(at, len(self) - 1)] == wanted, at, -1)
+        return found
+
+    def places(self, sample_id: str) -> list[tuple[str, int]]:
+        """(shard, row) of every sample whose id has this one's hash."""
+        wanted = np.uint64(hash64(sample_id))
+        first, end = (int(np.searchsorted(self.hash, wanted, side)) for side in ("left", "right"))
+        return [(self.shard(place), int(self.rows[place])) for place in range(first, end)]
+
+    def shard(self, place: int) -> str:
+        """Key of the shard of a sample."""
+        return f"{self._keys[self._ranges[place]]}-{self._parts[place]:05d}"
+
+    @cached_property
+    def by_shard(self) -> dict[str, np.ndarray]:
+        """Shard -> int64 places of its samples."""
+        codes = self._ranges.astype(np.int64) << 32 | self._parts
+        order = np.argsort(codes, kind="stable")
+        bounds = np.flatnonzero(np.diff(codes[order])) + 1
+        return {self.shard(int(each[0])): each for each in np.split(order, bounds) if len(each)}

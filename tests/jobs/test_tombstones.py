@@ -1,0 +1,229 @@
+"""A corpus whose source changes: what is new, changed and gone, what is made again for it, and what readers hand out."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+from rich.console import Console
+
+from featurestore.corpora import ROWS
+from featurestore.errors import InputError, NotFound, StoreError
+from featurestore.ids import IDS
+from featurestore.tombstones import TOMBSTONES
+from featurestore.verify import verify
+from featurestore.views import VIEW
+from jobs import plan
+from jobs.run import Runner
+from jobs.spec import load
+from tests.conftest import Made, check_same
+
+
+def manifest(made: Made) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (made.corpus / "manifest.jsonl").read_text().splitlines()]
+
+
+def write(made: Made, rows: list[dict[str, Any]]) -> None:
+    (made.corpus / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(made: Made, *stages: str, workers: int = 1) -> list[tuple[str, str, int | None]]:
+    done = Runner(load(made.spec), Console(quiet=True), workers=workers).run(stages or plan.STAGES)
+    return [(step.stage, step.name, step.values) for step in done]
+
+
+def shard_step(made: Made) -> plan.Step:
+    return plan.steps(load(made.spec), made.open().snapshot)[0]
+
+
+GONE, CHANGED, TOUCHED = 4, 9, 12
+"""Lines of the manifest: taken out; another caption; a sound's file touched."""
+
+
+@pytest.fixture(scope="module")
+def changed(small: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The small store after its source changed: 1 gone, 1 changed, 1 only touched, 2 new. Read only."""
+    copy = small.copy_to(tmp_path_factory.mktemp("changed"))
+    change(copy)
+    run(copy)
+    return copy
+
+
+def change(copy: Made) -> None:
+    rows = manifest(copy)
+    sounds = [row for row in rows if row["sound_path"]]
+    rows[CHANGED]["caption"] = "Something else."
+    os.utime(copy.corpus / rows[TOUCHED]["sound_path"], (1, 1))
+    more = [{"id": f"more/{n}", "group": f"m{n}", "label": "ring", "caption": f"New {n}."} for n in range(2)]
+    more[0]["sound_path"] = sounds[0]["sound_path"]
+    write(copy, [*rows[:GONE], *rows[GONE + 1 :], *more])
+
+
+def ids_of(small: Made) -> tuple[str, str]:
+    rows = manifest(small)
+    return rows[GONE]["id"], rows[CHANGED]["id"]
+
+
+def test_the_plan_says_what_is_new_changed_and_gone_and_what_follows(small: Made, tmp_path: Path) -> None:
+    copy = small.copy_to(tmp_path)
+    change(copy)
+    steps = plan.steps(load(copy.spec), copy.open().snapshot)
+    assert (steps[0].state, steps[0].todo, steps[0].why) == (plan.STALE, 3, "samples: 2 new, 1 changed, 1 gone")
+    assert {step.state for step in steps} == {plan.STALE}
+    assert shard_step(small).why == "48 samples stored"
+
+
+def test_old_shards_are_left_alone_and_only_new_ones_are_encoded(small: Made, changed: Made) -> None:
+    before, after = small.open().snapshot, changed.open().snapshot
+    for kind in (ROWS, VIEW, IDS):
+        assert set(before.entries(kind)) < set(after.entries(kind)), kind
+    assert [entry.rows for entry in after.entries(TOMBSTONES, "planted")] == [2]
+    assert [*verify(changed.open().storage).findings] == []
+    assert shard_step(changed).why == "49 samples stored"
+    assert run(changed) == []
+
+
+def test_readers_hand_out_what_is_there_now(small: Made, changed: Made) -> None:
+    gone, other = ids_of(small)
+    store = changed.open()
+    corpus = store.corpus("planted")
+    table = corpus.to_arrow()
+    names = table["id"].to_pylist()
+    assert corpus.rows == len(table) == 49 == len(set(names))
+    assert gone not in names
+    assert pc.sum(pc.equal(table["id"], other)).as_py() == 1
+    assert corpus.value(*corpus.locate(other), "caption") == b"Something else."
+    for view in map(store.view, store.views()):
+        assert view.rows == 49
+        assert view.to_arrow()["id"].to_pylist() == names
+        assert sum(len(batch) for batch in view.scanner()) == 49
+        matrix, present = view.matrix()
+        assert len(matrix) == len(present) == 49
+        assert view.take(range(49))["id"].to_pylist() == names
+        assert view.take([other, names[0]])["id"].to_pylist() == [other, names[0]]
+        with pytest.raises(
+            NotFound, match=f"no sample '{gone}' in version .* any more: it was taken out of the source"
+        ):
+            view.take([gone])
+        with pytest.raises(NotFound, match="rows 0 to 48"):
+            view.take([49])
+    rows = store.index("heard")._table
+    assert gone not in rows["id"].to_pylist()
+    train = store.training_set("heard")
+    assert gone not in [sample for split in train.splits for sample in train.to_arrow(split)["id"].to_pylist()]
+
+
+def test_an_earlier_version_still_has_what_is_gone(small: Made, changed: Made) -> None:
+    gone, other = ids_of(small)
+    version = len(small.open().history()) - 1
+    old = changed.open(version)
+    assert old.corpus("planted").rows == 48
+    assert old.view("loud").take([gone, other])["id"].to_pylist() == [gone, other]
+    check_same(old, small.open())
+
+
+def test_an_index_older_than_the_tombstones_does_not_answer(small: Made, tmp_path: Path) -> None:
+    copy = small.copy_to(tmp_path)
+    write(copy, manifest(copy)[1:])
+    run(copy, "shard")
+    with pytest.raises(StoreError, match="index 'heard' is older than its views or its space; `braid run` builds it"):
+        copy.open().index("heard")
+
+
+@pytest.mark.parametrize("what", ["file", "column"])
+def test_a_changed_file_or_column_is_a_changed_sample(small: Made, tmp_path: Path, what: str) -> None:
+    copy = small.copy_to(tmp_path)
+    rows = manifest(copy)
+    with_sound = [row for row in rows if row["sound_path"]]
+    if what == "file":
+        other = (copy.corpus / with_sound[1]["sound_path"]).read_bytes()
+        (copy.corpus / with_sound[0]["sound_path"]).write_bytes(other)
+    else:
+        with_sound[0]["label"] = "another"
+        write(copy, rows)
+    assert shard_step(copy).why == "samples: 1 changed"
+    run(copy, "shard", "encode")
+    store, changed = copy.open(), with_sound[0]["id"]
+    (embedding,) = store.view("loud").take([changed])["embedding"].to_pylist()
+    expected = small.open().view("loud").take([with_sound[1 if what == "file" else 0]["id"]])["embedding"].to_pylist()
+    assert embedding == pytest.approx(expected[0], abs=1e-4)
+    table = store.corpus("planted").to_arrow()
+    label = table.filter(pc.equal(table["id"], changed))["label"].to_pylist()
+    assert label == [with_sound[0]["label"]]
+
+
+def test_two_workers_write_the_same_bytes(small: Made, changed: Made, tmp_path: Path) -> None:
+    copy = small.copy_to(tmp_path)
+    change(copy)
+    run(copy, workers=2)
+    check_same(copy.open(), changed.open())
+
+
+def test_a_sample_that_comes_back_is_there_again(small: Made, changed: Made, tmp_path: Path) -> None:
+    copy = changed.copy_to(tmp_path)
+    gone, other = ids_of(small)
+    write(copy, manifest(small))
+    assert shard_step(copy).why == "samples: 1 new, 1 changed, 2 gone"
+    run(copy)
+    assert copy.open().view("loud").take([gone, other])["id"].to_pylist() == [gone, other]
+    assert copy.open().corpus("planted").rows == 48
+    assert sorted(copy.open().corpus("planted").to_arrow()["id"].to_pylist()) == sorted(
+        r["id"] for r in manifest(small)
+    )
+    # Once more out and in: the same ids and etags as before are not the same ingest.
+    rows = manifest(copy)
+    write(copy, [row for row in rows if row["id"] != gone])
+    run(copy, "shard")
+    write(copy, rows)
+    run(copy, "shard")
+    assert copy.open().corpus("planted").rows == 48
+    assert verify(copy.open().storage, level="rows").ok or run(copy)
+    assert verify(copy.open().storage).ok
+
+
+def test_nothing_but_gone_samples_is_an_ingest_too(small: Made, tmp_path: Path) -> None:
+    copy = small.copy_to(tmp_path)
+    write(copy, manifest(copy)[:-1])
+    assert (shard_step(copy).state, shard_step(copy).todo, shard_step(copy).why) == (plan.STALE, 0, "samples: 1 gone")
+    encodes = [step.state for step in plan.steps(load(copy.spec), copy.open().snapshot) if step.stage == "encode"]
+    assert encodes == [plan.FRESH] * 3
+    assert [stage for stage, *_ in run(copy)] == ["shard", "align", "align", "index", "index", "fuse", "fuse"]
+    assert verify(copy.open().storage).ok
+
+
+def test_a_source_that_changes_between_plan_and_tombstones_is_an_error(
+    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import shard
+
+    copy = small.copy_to(tmp_path)
+    rows = manifest(copy)
+    write(copy, rows[:-1])
+    scanned = shard.scan
+
+    def late(source: Any, known: Any) -> Any:
+        found = scanned(source, known)
+        write(copy, rows[:-2])
+        return found
+
+    monkeypatch.setattr(shard, "scan", late)
+    with pytest.raises(InputError, match=r"2 samples are gone or changed where planning saw 1: .* run it again"):
+        run(copy, "shard")
+    assert copy.open().corpus("planted").rows == 48
+
+
+def test_a_broken_id_index_or_tombstone_is_found(changed: Made, tmp_path: Path) -> None:
+    copy = changed.copy_to(tmp_path)
+    store = copy.open()
+    for kind in (IDS, TOMBSTONES):
+        entry = store.snapshot.entries(kind, "planted")[0]
+        path = copy.store / entry.path
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + b"x" + whole[-8:])
+        assert any(finding.kind == kind for finding in verify(store.storage).findings), kind
+        path.unlink()
+        assert [f.kind for f in verify(store.storage, level="footers").findings if f.kind == kind] == [kind]
+        path.write_bytes(whole)
+    assert verify(store.storage).ok
