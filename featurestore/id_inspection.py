@@ -19,9 +19,10 @@ def id_index(look: Inspection, snapshot: Snapshot, entry: Entry) -> None:
     stem = entry.shard.rpartition("-")[0]
     shards = [each for each in snapshot.entries(ROWS, entry.name) if each.shard.rpartition("-")[0] == stem]
     with look.guard(entry, INPUT_FIRST):
-        rows = [read_rows(look.storage, each) for each in shards]
-        expected = ids.table([(each["id"].to_pylist(), each["etag"].to_pylist()) for each in rows])
-        for place in np.flatnonzero(_differ(table, expected)).tolist()[:1]:
+        rows = {int(each.shard.rpartition("-")[2]): read_rows(look.storage, each) for each in shards}
+        expected = ids.table({part: (own["id"].to_pylist(), own["etag"].to_pylist()) for part, own in rows.items()})
+        found = ids.there(table, [*rows])
+        for place in np.flatnonzero(_differ(found, expected)).tolist()[:1]:
             look.say(entry, "from here on it does not name the rows that the corpus has", place)
 
 

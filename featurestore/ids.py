@@ -4,18 +4,19 @@ An ingest writes one file for each of its ranges, with 24 bytes a sample: a hash
 shard's key) and row, and a hash of its etag, sorted by the first. Equal hashes of two ids are told apart by the rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurestore import artefact
 from featurestore.catalog import Snapshot
 from featurestore.errors import AlignmentError
 from featurestore.identity import hash64
 
-__all__ = ["IDS", "SCHEMA", "Ids", "hashes", "table"]
+__all__ = ["IDS", "SCHEMA", "Ids", "hashes", "parts_of", "table", "there"]
 
 IDS = "ids"
 """Kind in the catalog; its shard is the first of the range's."""
@@ -30,16 +31,31 @@ SCHEMA = pa.schema(
 )
 
 
-def table(shards: Sequence[tuple[list[str], list[str]]]) -> pa.Table:
-    """The id index of a range: of each of its shards the ids and the etags, in the order of its rows."""
-    lengths = [len(own) for own, _ in shards]
+def table(parts: Mapping[int, tuple[list[str], list[str]]]) -> pa.Table:
+    """The id index of a range: part -> the ids and the etags of its shard, in the order of its rows."""
+    lengths = [len(own) for own, _ in parts.values()]
     columns = {
-        "hash": hashes([sample_id for own, _ in shards for sample_id in own]),
-        "part": np.repeat(np.arange(len(shards), dtype=np.int32), lengths),
+        "hash": hashes([sample_id for own, _ in parts.values() for sample_id in own]),
+        "part": np.repeat(np.array([*parts], np.int32), lengths),
         "row": np.concatenate([np.arange(length, dtype=np.int32) for length in [*lengths, 0]]),
-        "etag": hashes([etag for _, etags in shards for etag in etags]),
+        "etag": hashes([etag for _, etags in parts.values() for etag in etags]),
     }
     return pa.table(columns, schema=SCHEMA).sort_by([(name, "ascending") for name in ("hash", "part", "row")])
+
+
+def parts_of(snapshot: Snapshot, corpus: str) -> dict[str, list[int]]:
+    """Range (a shard's key without its last number) -> the parts of it that the corpus has."""
+    found: dict[str, list[int]] = {}
+    for key in snapshot.table("corpus", corpus, None, ("shard",))["shard"].to_pylist():
+        stem, _, part = key.rpartition("-")
+        found.setdefault(stem, []).append(int(part))
+    return found
+
+
+def there(index: pa.Table, parts: list[int]) -> pa.Table:
+    """An id index without the shards that were compacted since it was written."""
+    kept = pc.is_in(index["part"], pa.array(parts, pa.int32()))
+    return index if pc.all(kept, min_count=0).as_py() else index.filter(kept)
 
 
 def hashes(texts: list[str]) -> np.ndarray:
@@ -58,14 +74,15 @@ class Ids:
 
     def __init__(self, snapshot: Snapshot, corpus: str) -> None:
         tables, keys = [SCHEMA.empty_table()], []
+        parts = parts_of(snapshot, corpus)
         for entry in snapshot.entries(IDS, corpus):
             content = artefact.read_checked(snapshot.storage, entry.path, entry.sha256)
             with artefact.parsing(entry.path):
                 own = artefact.read_table(content).replace_schema_metadata(None)
             if own.schema != SCHEMA or len(own) != entry.rows:
                 raise AlignmentError(f"{entry.path} is not an id index of {entry.rows} rows; run `braid verify`")
-            tables.append(own)
             keys.append(entry.shard.rpartition("-")[0])
+            tables.append(there(own, parts.get(keys[-1], [])))
         columns = {name: np.concatenate([np.asarray(each[name]) for each in tables]) for name in SCHEMA.names}
         order = np.argsort(columns["hash"], kind="stable")
         self.hash, self.etag = columns["hash"][order], columns["etag"][order]

@@ -20,7 +20,9 @@ from featurestore.catalog import Entry
 from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, REJECTED, ROWS, disordered, member_name, read_rows
 from featurestore.errors import BraidError, NotFound
 from featurestore.identity import from_tar_key, ids_sha256, input_digest
+from featurestore.ids import IDS
 from featurestore.storage import Storage
+from featurestore.tombstones import TOMBSTONES
 
 LEVELS = ("footers", "rows", "bytes")
 MOST_NAMED = 20
@@ -88,7 +90,9 @@ class Inspection:
 
     def _mend(self, entry: Entry) -> str:
         """What brings a file back: Braid makes again what it made, but has a corpus's raw data from nowhere else."""
-        if entry.kind in (ROWS, MEDIA) or (entry.kind == QUARANTINE and entry.name.startswith("shard/")):
+        if entry.kind in (ROWS, MEDIA, IDS, TOMBSTONES) or (
+            entry.kind == QUARANTINE and entry.name.startswith("shard/")
+        ):
             return _RESTORE
         return _RUN if entry.path in self._gone else _DELETE.format(path=entry.path)
 

@@ -255,6 +255,26 @@ def fuse(spec: SpecPath, log_json: LogJson = False, beam: BeamArgs = None) -> No
 
 
 @app.command()
+def compact(
+    spec: SpecPath,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Erase for good what is gone: earlier versions of the corpus open no more.")
+    ] = False,
+    workers: WorkerCount = 1,
+    log_json: LogJson = False,
+    beam: BeamArgs = None,
+) -> None:
+    """Merge small shards and leave out samples that are gone; vectors are copied, nothing is encoded again."""
+    if log_json:
+        from pipelines import log
+
+        log.start()
+    from jobs.compact import compact as carry_out
+
+    carry_out(_spec(spec), _say(bars=not log_json), beam or (), workers, purge)
+
+
+@app.command()
 def search(
     store: Store,
     index: Annotated[str, typer.Argument(metavar="INDEX", help="Name of an index of the store.")],

@@ -10,7 +10,6 @@ on one kind of device, whatever the number of threads and workers. A bad value g
 
 import copy
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -20,16 +19,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore import artefact, encoders, vectors, views
+from featurestore import artefact, encoders, views
 from featurestore.catalog import Entry, Snapshot, lost
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus, member_header, read_rows
 from featurestore.errors import AlignmentError, DecodeError
-from featurestore.identity import DIGEST_BYTES, input_digest, row_digest
+from featurestore.identity import input_digest
 from featurestore.storage import Storage
 from pipelines.attempts import attempt
 from pipelines.decode_apart import DecodeApart
-from pipelines.quarantine import place_rejected, rejection
-from pipelines.runner import Commit, InFlight, Job, Result, Scope, result, typed
+from pipelines.quarantine import rejection
+from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
+from pipelines.view_writer import Beside, ViewWriter, view_table
 
 
 class ViewPlan(NamedTuple):
@@ -105,6 +105,10 @@ def listed(storage: Storage, plan: ViewPlan) -> dict[str, int]:
     return storage.list(folder(plan)) | storage.list(f"quarantine/encode/{plan.name}/{plan.recipe}")
 
 
+def _beside(task: EncodeTask) -> Beside:
+    return Beside(task.shard, task.rows, task.ids_sha256, task.sha256)
+
+
 class Row(NamedTuple):
     """One value to encode: its row in the shard, and what the corpus says of it."""
 
@@ -129,11 +133,9 @@ class ShardEncoder:
                 f"encoder {plan.encoder} of view {plan.name!r} has another fingerprint on this worker ({fingerprint[:16]}…) "
                 "than where the job was planned: install the same versions of its libraries and weights on both"
             )
-        self._about = {
-            "corpus": plan.corpus,
-            "field": plan.field,
-            "encoder": {**self.encoder.card(), "fingerprint": fingerprint},
-        }
+        card = {**self.encoder.card(), "fingerprint": fingerprint}
+        about = {"corpus": plan.corpus, "field": plan.field, "encoder": card}
+        self._writer = ViewWriter(storage, plan.name, plan.recipe, about)
         self._apart: DecodeApart | None = None
         self._pool = ThreadPoolExecutor(threads)
         self._done = storage.list(folder(plan))
@@ -175,22 +177,10 @@ class ShardEncoder:
             footer = artefact.read_footer(content)
             quarantine = [artefact.Placed(*each) for each in footer.get("quarantine", [])]
             held = all(artefact.holds(self.storage, each) for each in quarantine)
-            if held and footer == self._footer(task, quarantine, footer.get("tried", 0), footer.get("example", "")):
-                return self._result(task, artefact.Placed(path, len(content), sha256), footer)
+            told = footer.get("tried", 0), footer.get("example", "")
+            if held and footer == self._writer.footer(_beside(task), quarantine, *told):
+                return self._writer.result(_beside(task), artefact.Placed(path, len(content), sha256), footer)
         return None
-
-    def _footer(self, task: EncodeTask, quarantine: list[artefact.Placed], tried: int, example: str) -> dict[str, Any]:
-        return {
-            "kind": views.VIEW,
-            "shard": task.shard,
-            "recipe": self.plan.recipe,
-            "rows": task.rows,
-            "ids_sha256": task.ids_sha256,
-            "input_sha256": task.sha256,
-            "quarantine": [list(each) for each in quarantine],
-            "tried": tried,
-            "example": example,
-        }
 
     def make(self, task: EncodeTask) -> Result:
         """Encodes a shard."""
@@ -213,7 +203,8 @@ class ShardEncoder:
                 rejected.append(rejection(value.id, self.plan.field, "encode", vector, value.source))
             else:
                 matrix[value.row] = vector
-        return self._write(task, ids, matrix, digests, reasons, rejected, len(todo))._replace(computed=len(todo))
+        made = self._writer.write(_beside(task), view_table(ids, matrix, digests, reasons), rejected, len(todo))
+        return made._replace(computed=len(todo))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
         entry = Entry(ROWS, "", "", task.shard, task.rows_path, task.rows, 0, task.sha256, task.ids_sha256)
@@ -284,54 +275,6 @@ class ShardEncoder:
             vector if ok else DecodeError("nan_output", f"{self.plan.encoder} gave NaN or infinity")
             for vector, ok in zip(encoded, finite.tolist(), strict=True)
         ]
-
-    def _write(
-        self,
-        task: EncodeTask,
-        ids: list[str],
-        matrix: np.ndarray,
-        digests: list[bytes | None],
-        reasons: list[str | None],
-        rejected: list[dict[str, Any]],
-        tried: int,
-    ) -> Result:
-        row_digests = [
-            row_digest(*row) for row in zip(ids, digests, (vector.tobytes() for vector in matrix), strict=True)
-        ]
-        table = pa.Table.from_arrays(
-            [
-                pa.array([reason is None for reason in reasons]),
-                vectors.column(matrix),
-                pa.array(digests, pa.binary(DIGEST_BYTES)),
-                pa.array(row_digests, pa.binary(DIGEST_BYTES)),
-                pa.array(reasons, pa.string()),
-            ],
-            schema=views.schema(self.encoder.dim),
-        )
-        quarantine = place_rejected(
-            self.storage, rejected, f"quarantine/encode/{self.plan.name}/{self.plan.recipe}/{task.shard}"
-        )
-        example = f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else ""
-        footer = self._footer(task, quarantine, tried, example)
-        placed = artefact.place_table(self.storage, table, f"{folder(self.plan)}/{task.shard}", footer)
-        return self._result(task, placed, footer)
-
-    def _result(self, task: EncodeTask, placed: artefact.Placed, footer: dict[str, Any]) -> Result:
-        name, recipe = self.plan.name, self.plan.recipe
-        path, size, sha256 = placed
-        ids, made_from = task.ids_sha256, task.sha256
-        about = json.dumps({**self._about, "tried": footer["tried"]}, sort_keys=True)
-        entries = [
-            Entry(views.VIEW, name, recipe, task.shard, path, task.rows, size, sha256, ids, made_from, lineage=about)
-        ]
-        rejected = 0
-        for path, size, sha256 in footer["quarantine"]:
-            rejected = artefact.rows(self.storage.read(path))
-            scope = f"encode/{name}"
-            entries.append(
-                Entry(QUARANTINE, scope, recipe, task.shard, path, rejected, size, sha256, input_sha256=made_from)
-            )
-        return result(task.shard, entries, footer["tried"], rejected, footer["example"])
 
 
 class EncodeWork(NamedTuple):

@@ -223,7 +223,9 @@ class _ReadNew(beam.DoFn):
 
     def process(self, _: Any) -> Iterator[tuple[int, SampleRef]]:
         corpus = json.loads(self._corpus)
-        known = Known(Catalog(Storage.from_json(self._storage)).snapshot(self._version), corpus["name"])
+        catalog = Catalog(Storage.from_json(self._storage))
+        stored = catalog.snapshot(self._version) if self._version >= 0 else Snapshot(catalog.storage, [], -1)
+        known = Known(stored, corpus["name"])
         for reference, state, _before in known.compare(open_source(corpus)):
             if state != SAME:
                 yield range_of(reference.group, self._ranges), reference
@@ -272,7 +274,8 @@ class _PlanRange(beam.DoFn):
             local = scratch / "plan.parquet"
             write_plan(local, shards)
             plan = artefact.place(storage, local, f"{folder}/plans/{stem}")
-        table = ids.table([([ref.id for ref in part], [ref.etag for ref in part]) for part in shards])
+        parts = {part: ([ref.id for ref in own], [ref.etag for ref in own]) for part, own in enumerate(shards)}
+        table = ids.table(parts)
         placed = artefact.place_table(storage, table, f"{folder}/ids/{stem}", {"kind": IDS, "rows": len(table)})
         index = json.dumps([_entry(IDS, corpus["name"], f"{stem}-00000", placed, len(table))])
         for part in range(len(shards)):
@@ -299,14 +302,21 @@ class ShardWork(NamedTuple):
 
 
 class Shard(beam.PTransform):
-    """One impulse -> PCollection of keyed Results: reads a source's new samples and writes their shards."""
+    """One impulse -> PCollection of keyed Results: reads a source's new samples and writes their shards.
+
+    Args:
+        storage: the store.
+        corpus: the corpus part of a spec.
+        ingest: what is to be written.
+        version: of the store that the source is compared with; -1 is an empty one, to which all is new.
+        in_flight: does the work on a ShardTask.
+    """
 
     def __init__(
-        self, storage: Storage, corpus: dict[str, Any], ingest: Ingest, version: int, processes: int = 1
+        self, storage: Storage, corpus: dict[str, Any], ingest: Ingest, version: int, in_flight: InFlight
     ) -> None:
         super().__init__()
-        self._args = (storage.to_json(), json.dumps(corpus, sort_keys=True))
-        self._do_fn = InFlight(f"shard {corpus['name']}", ShardWork(*self._args), processes)
+        self._args, self._do_fn = (storage.to_json(), json.dumps(corpus, sort_keys=True)), in_flight
         self._ingest, self._ranges, self._version = ingest, ingest.ranges(corpus), version
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection:
@@ -334,8 +344,10 @@ def build(job: Job, storage: Storage, corpus: dict[str, Any], ingest: Ingest, ve
     name = corpus["name"]
     scopes = [Scope(kind, name, "") for kind in (ROWS, MEDIA, IDS, TOMBSTONES)]
     scopes.append(Scope(QUARANTINE, f"shard/{name}", ""))
+    work = ShardWork(storage.to_json(), json.dumps(corpus, sort_keys=True))
+    in_flight = InFlight(f"shard {name}", work, job.workers)
     (
         job.pipeline
-        | "Shard" >> Shard(storage, corpus, ingest, version, job.workers)
+        | "Shard" >> Shard(storage, corpus, ingest, version, in_flight)
         | "Commit" >> Commit(storage, f"shard {name}", scopes, corpus["failure_budget"], ingest.samples)
     )

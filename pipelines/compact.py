@@ -1,0 +1,195 @@
+"""Compacting a corpus: small shards become full ones, and rows whose samples are gone go; nothing is encoded again.
+
+The shards that are small or hold what is gone are a source (sources/stored.py) whose samples are cut and written as those of
+any ingest are. A view's rows are copied to where their samples stand now: a vector is bound to its sample and its input, not
+to its place. One commit takes the old shards out and brings the new ones in, of the corpus and of all its views; spaces,
+indexes and training sets are older than that, and `braid run` makes them again.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+
+from featurestore import artefact, vectors
+from featurestore.catalog import Catalog, Change, Entries, Entry, Snapshot
+from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
+from featurestore.identity import digest_of
+from featurestore.ids import IDS
+from featurestore.storage import Storage
+from featurestore.tombstones import TOMBSTONES
+from featurestore.views import VIEW, View
+from featurestore.views import schema as view_schema
+from pipelines import shard
+from pipelines.runner import InFlight, Job, Result, check_complete
+from pipelines.shard_writer import ShardTask, ShardWriter, read_plan
+from pipelines.view_writer import Beside, ViewWriter
+
+SMALL = 0.5
+"""A shard that is less full than this, by rows and by bytes, is merged with others of its kind."""
+
+
+class Compaction(NamedTuple):
+    """What is to be compacted: the key of the new shards, the old ones, and how many samples and bytes of them stay."""
+
+    key: str
+    shards: tuple[str, ...]
+    samples: int
+    bytes: int
+    gone: int
+
+
+def plan(snapshot: Snapshot, corpus: dict[str, Any]) -> Compaction | None:
+    """The shards that are small or hold what is gone; None where there is nothing to gain."""
+    opened = Corpus(snapshot, corpus["name"])
+    tars = {entry.shard: entry.bytes for entry in opened.tars}
+    small, holed = [], []
+    for entry in opened.shards:
+        full = max(entry.rows / corpus["shard_rows"], tars.get(entry.shard, 0) / (corpus["shard_mb"] << 20))
+        if entry.shard in opened.gone:
+            holed.append(entry)
+        elif full < SMALL:
+            small.append(entry)
+    chosen = sorted([*holed, *small] if holed or len(small) > 1 else [], key=lambda entry: entry.shard)
+    if not chosen:
+        return None
+    gone = sum(map(len, opened.gone.values()))
+    key = digest_of(
+        "compact", [(e.shard, e.sha256) for e in chosen], sorted(e.sha256 for e in _tombstones(snapshot, corpus))
+    )
+    return Compaction(
+        key[:12],
+        tuple(entry.shard for entry in chosen),
+        sum(entry.rows for entry in chosen) - gone,
+        sum(tars.get(entry.shard, 0) for entry in chosen),
+        gone,
+    )
+
+
+def _tombstones(snapshot: Snapshot, corpus: dict[str, Any]) -> list[Entry]:
+    return list(snapshot.entries(TOMBSTONES, corpus["name"]))
+
+
+class Compactor:
+    """Writes new shards of one corpus, and the parts of its views beside them."""
+
+    def __init__(self, storage: Storage, corpus: dict[str, Any], version: int) -> None:
+        self._storage, self._writer = storage, ShardWriter(storage, corpus)
+        snapshot = Catalog(storage).snapshot(version)
+        self._views: list[tuple[View, ViewWriter, Entries]] = []
+        for name in snapshot.names(VIEW):
+            entry = snapshot.entries(VIEW, name)[0]
+            about = entry.info()
+            if about["corpus"] == corpus["name"]:
+                about = {key: about[key] for key in ("corpus", "field", "encoder")}
+                writer = ViewWriter(storage, name, entry.recipe, about)
+                quarantine = snapshot.entries(QUARANTINE, f"encode/{name}", entry.recipe)
+                self._views.append((View(snapshot, name), writer, quarantine))
+
+    def write(self, task: ShardTask) -> Result:
+        """One shard and its part of every view; the Result has the entries of all."""
+        made = self._writer.write(task)
+        entries = [Entry(*each) for each in json.loads(made.entries)]
+        (rows,) = (entry for entry in entries if entry.kind == ROWS)
+        beside = Beside(rows.shard, rows.rows, rows.ids_sha256, rows.sha256)
+        plan = read_plan(self._storage, task)
+        places = [(reference.uri, reference.offset) for reference in plan]
+        ids = {(reference.uri, reference.id) for reference in plan}
+        for view, writer, quarantine in self._views:
+            table, tried = _copied(view, places)
+            copied = writer.write(beside, table, _rejected(self._storage, quarantine, ids), tried)
+            entries += [Entry(*each) for each in json.loads(copied.entries)]
+        return made._replace(entries=json.dumps(entries))
+
+
+class CompactWork(NamedTuple):
+    """What a worker of a compaction does: ShardTask -> Result."""
+
+    storage: str
+    corpus: str
+    version: int
+
+    def open(self, threads: int) -> Compactor:
+        """The writer of shards and views."""
+        return Compactor(Storage.from_json(self.storage), json.loads(self.corpus), self.version)
+
+    def do(self, compactor: Compactor, task: ShardTask) -> Result:
+        """One shard."""
+        return compactor.write(task)
+
+
+def _copied(view: View, places: list[tuple[str, int]]) -> tuple[pa.Table, int]:
+    """A view's rows at some places of its old shards, and how many values of them were given to the encoder."""
+    tables = {shard: view.read(shard) for shard in sorted({shard for shard, _ in places})}
+    starts = dict(zip(tables, np.cumsum([0, *map(len, tables.values())]).tolist(), strict=False))
+    whole = pa.concat_tables(tables.values())
+    at = pa.array([starts[shard] + row for shard, row in places], pa.int64())
+    columns = {name: whole[name].take(at).combine_chunks() for name in whole.column_names if name != "embedding"}
+    columns["embedding"] = vectors.column(vectors.matrix(whole["embedding"])[np.asarray(at)])
+    given = len(at) - columns["input_digest"].null_count
+    return pa.table(columns, schema=view_schema(view.dim)), given
+
+
+def _rejected(storage: Storage, quarantine: Entries, ids: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    """What an encoder rejected of some (old shard, id), as it stands in the old shards' quarantines."""
+    found: list[dict[str, Any]] = []
+    for shard_key in sorted({each for each, _ in ids}):
+        entry = quarantine.find(shard_key)
+        if entry is not None:
+            table = artefact.read_table(artefact.read_checked(storage, entry.path, entry.sha256))
+            found += [row for row in table.to_pylist() if (shard_key, row["id"]) in ids]
+    return sorted(found, key=lambda row: (row["id"], row["field"]))
+
+
+class _Publish(beam.DoFn):
+    """The commit: old shards out, new ones in, of the corpus and of all its views at once."""
+
+    def __init__(self, storage: str, corpus: str, todo: Compaction, version: int) -> None:
+        self._storage, self._corpus, self._todo, self._version = storage, corpus, todo, version
+
+    def process(self, element: tuple[int, Any]) -> Iterator[int]:
+        storage, name = Storage.from_json(self._storage), json.loads(self._corpus)["name"]
+        catalog = Catalog(storage)
+        results = sorted({each.shard: each for each in element[1]}.values())
+        yield catalog.commit(f"compact {name}", changes(catalog.snapshot(self._version), name, self._todo, results))
+
+
+def changes(snapshot: Snapshot, name: str, todo: Compaction, results: list[Result]) -> list[Change]:
+    """The catalog changes of a compaction. Raises AlignmentError where a row was lost on the way."""
+    entries = [Entry(*fields) for each in results for fields in json.loads(each.entries)]
+    out = {*todo.shards, *(each.shard for each in results)}
+    views = [view for view in snapshot.names(VIEW) if snapshot.entries(VIEW, view)[0].info()["corpus"] == name]
+    scopes = [(kind, name, "") for kind in (ROWS, MEDIA)] + [(QUARANTINE, f"shard/{name}", "")]
+    for view in views:
+        recipe = snapshot.entries(VIEW, view)[0].recipe
+        scopes += [(VIEW, view, recipe), (QUARANTINE, f"encode/{view}", recipe)]
+    made = []
+    for scope in scopes:
+        own = tuple(entry for entry in entries if entry.key[:3] == scope)
+        made.append(Change(*scope, own, frozenset(out)))
+    check_complete(f"compact {name}", made[0], todo.samples)
+    # An id index of whose shards some are left stays; the one that has none goes.
+    stems = {entry.shard.rpartition("-")[0] for entry in snapshot.entries(ROWS, name) if entry.shard not in out}
+    empty = {entry.shard for entry in snapshot.entries(IDS, name) if entry.shard.rpartition("-")[0] not in stems}
+    ids = tuple(entry for entry in entries if entry.kind == IDS)
+    made.append(Change(IDS, name, "", ids, frozenset(empty | {entry.shard for entry in ids})))
+    made.append(Change(TOMBSTONES, name, "", ()))
+    return made
+
+
+def build(job: Job, storage: Storage, corpus: dict[str, Any], todo: Compaction, version: int) -> None:
+    """Puts the compaction of one corpus into a pipeline: write the new shards and views, then one commit."""
+    source = {"type": "stored", "store": storage.to_json(), "version": version, "shards": list(todo.shards)}
+    stored = corpus | {"source": source}
+    ingest = shard.Ingest(todo.key, todo.samples, todo.bytes, 0, 0, 0)
+    work = CompactWork(storage.to_json(), json.dumps(stored, sort_keys=True), version)
+    in_flight = InFlight(f"compact {corpus['name']}", work, job.workers)
+    (
+        job.pipeline
+        | "Compact" >> shard.Shard(storage, stored, ingest, -1, in_flight)
+        | "Gather" >> beam.GroupByKey()
+        | "Publish" >> beam.ParDo(_Publish(storage.to_json(), json.dumps(corpus), todo, version)).with_output_types(int)
+    )

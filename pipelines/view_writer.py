@@ -1,0 +1,110 @@
+"""Writing one shard of a view: its quarantine, then its file, whose footer says what it was made from."""
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from featurestore import artefact, vectors, views
+from featurestore.catalog import Entry
+from featurestore.corpora import QUARANTINE
+from featurestore.identity import DIGEST_BYTES, row_digest
+from featurestore.storage import Storage
+from pipelines.quarantine import place_rejected
+from pipelines.runner import Result, result
+
+
+class Beside(NamedTuple):
+    """The corpus shard that a view's shard stands beside: its key, rows, the digest of its ids and of its rows' file."""
+
+    shard: str
+    rows: int
+    ids_sha256: str
+    sha256: str
+
+
+class ViewWriter:
+    """Writes shards of one view.
+
+    Args:
+        storage: the store.
+        name: of the view.
+        recipe: of the view.
+        about: `corpus`, `field` and `encoder` (its card, with its fingerprint), for the catalog.
+    """
+
+    def __init__(self, storage: Storage, name: str, recipe: str, about: dict[str, Any]) -> None:
+        self.storage, self.name, self.recipe, self._about = storage, name, recipe, about
+
+    @property
+    def folder(self) -> str:
+        """Where the view's shards are."""
+        return f"views/{self.name}/{self.recipe}"
+
+    def footer(self, beside: Beside, quarantine: list[artefact.Placed], tried: int, example: str) -> dict[str, Any]:
+        """What a shard's file says of itself."""
+        return {
+            "kind": views.VIEW,
+            "shard": beside.shard,
+            "recipe": self.recipe,
+            "rows": beside.rows,
+            "ids_sha256": beside.ids_sha256,
+            "input_sha256": beside.sha256,
+            "quarantine": [list(each) for each in quarantine],
+            "tried": tried,
+            "example": example,
+        }
+
+    def write(self, beside: Beside, table: pa.Table, rejected: list[dict[str, Any]], tried: int) -> Result:
+        """Places a shard's quarantine, where anything was rejected, and its file.
+
+        Args:
+            beside: the corpus shard.
+            table: of `views.schema`, a row for each of the corpus shard's.
+            rejected: what the encoder rejected, as `quarantine.rejection` makes it.
+            tried: number of values that it was given.
+        """
+        stem = f"quarantine/encode/{self.name}/{self.recipe}/{beside.shard}"
+        quarantine = place_rejected(self.storage, rejected, stem)
+        example = f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else ""
+        footer = self.footer(beside, quarantine, tried, example)
+        placed = artefact.place_table(self.storage, table, f"{self.folder}/{beside.shard}", footer)
+        return self.result(beside, placed, footer)
+
+    def result(self, beside: Beside, placed: artefact.Placed, footer: dict[str, Any]) -> Result:
+        """The Result of a shard whose file is there."""
+        path, size, sha256 = placed
+        made_from = beside.sha256
+        about = json.dumps({**self._about, "tried": footer["tried"]}, sort_keys=True)
+        entries = [
+            Entry(
+                views.VIEW, self.name, self.recipe, beside.shard, path, beside.rows, size, sha256, beside.ids_sha256,
+                made_from, lineage=about,
+            )
+        ]  # fmt: skip
+        rejected = 0
+        for path, size, sha256 in footer["quarantine"]:
+            rejected = artefact.rows(self.storage.read(path))
+            scope = f"encode/{self.name}"
+            entries.append(
+                Entry(
+                    QUARANTINE, scope, self.recipe, beside.shard, path, rejected, size, sha256, input_sha256=made_from
+                )
+            )
+        return result(beside.shard, entries, footer["tried"], rejected, footer["example"])
+
+
+def view_table(ids: list[str], matrix: np.ndarray, digests: list[bytes | None], reasons: list[str | None]) -> pa.Table:
+    """A shard of `views.schema`: float32 [rows, dim] with rows of NaN where missing, each bound to its id and its input."""
+    row_digests = [row_digest(*row) for row in zip(ids, digests, (vector.tobytes() for vector in matrix), strict=True)]
+    return pa.Table.from_arrays(
+        [
+            pa.array([reason is None for reason in reasons]),
+            vectors.column(matrix),
+            pa.array(digests, pa.binary(DIGEST_BYTES)),
+            pa.array(row_digests, pa.binary(DIGEST_BYTES)),
+            pa.array(reasons, pa.string()),
+        ],
+        schema=views.schema(matrix.shape[1]),
+    )
