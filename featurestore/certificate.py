@@ -80,8 +80,7 @@ def require(certificate: Mapping[str, Any], where: str) -> None:
     raise InputError(
         f"{where}: {total} leaks between its splits, so it was not committed:\n  "
         + "\n  ".join(leaks)
-        + "\nput the samples that share something in one group (the column that corpus.columns.group names) and shard into a "
-        "new store: a stored group is never changed"
+        + "\nname the fields in the training set's group_equal: samples with equal bytes of them then stand on one side"
     )
 
 

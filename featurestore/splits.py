@@ -8,7 +8,7 @@ the order of the rows nor the number of workers matters.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featurestore.errors import InputError
 
-__all__ = ["Split", "assign", "repeated"]
+__all__ = ["Split", "assign", "joined", "repeated"]
 
 Rows = NDArray[np.int64]
 
@@ -85,6 +85,30 @@ def repeated(groups: Sequence[str], n_splits: int = 5, test: float = 0.2) -> lis
     fractions = {"test": test, "train": 1 - test}
     sides = [assign(groups, fractions, seed) for seed in range(n_splits)]
     return [Split(*(np.flatnonzero(side == name) for name in Split._fields)) for side in sides]
+
+
+def joined(groups: Sequence[str], digests: Iterable[Sequence[bytes | None]]) -> list[str]:
+    """Groups that are joined where they share bytes, directly or through others; each is called by its first name.
+
+    Args:
+        groups: one group per row.
+        digests: for each of some fields one digest per row, None where the value is missing.
+    """
+    first = {group: group for group in groups}
+
+    def root(group: str) -> str:
+        while first[group] != group:
+            first[group] = first[first[group]]
+            group = first[group]
+        return group
+
+    for column in digests:
+        seen: dict[bytes, str] = {}
+        for group, digest in zip(groups, column, strict=True):
+            if digest is not None:
+                one, other = sorted((root(group), root(seen.setdefault(digest, group))))
+                first[other] = one
+    return [root(group) for group in groups]
 
 
 def _position(seed: int, group: str) -> bytes:

@@ -342,6 +342,20 @@ def status(
 
 
 @app.command()
+def duplicates(
+    store: Store,
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Name of a corpus of the store.")],
+    version: Version = None,
+) -> None:
+    """List values that stand in several samples of a corpus, byte for byte."""
+    from jobs.report import duplicate_lines
+
+    console = _say()
+    for line in duplicate_lines(_store(store, version), corpus):
+        console.print(line, markup=False)
+
+
+@app.command()
 def history(store: Store) -> None:
     """Print every version of a store, newest first."""
     import datetime

@@ -17,6 +17,7 @@ from featurestore.store import FeatureStore
 from featurestore.views import VIEW
 
 _PREFIXES = 10
+_DUPLICATES = 10
 """So many folders that rejected values came from are named, for each reason."""
 
 
@@ -64,6 +65,23 @@ def field_counts(store: FeatureStore, corpus: str) -> dict[str, dict[str, int]]:
                 "file is not that of its shard: run `braid verify`"
             )
     return counts
+
+
+def duplicate_lines(store: FeatureStore, corpus: str) -> Iterator[str]:
+    """Values of a corpus that stand in several samples, byte for byte, by field; the first `_DUPLICATES` of each are named."""
+    opened = store.corpus(corpus)
+    table = opened.to_arrow()
+    for field in opened.fields:
+        samples: dict[bytes, list[str]] = {}
+        for sample_id, digest in zip(
+            table["id"].to_pylist(), pc.struct_field(table[field], "digest").to_pylist(), strict=True
+        ):
+            if digest is not None:
+                samples.setdefault(digest, []).append(sample_id)
+        shared = sorted((ids for ids in samples.values() if len(ids) > 1), key=lambda ids: (-len(ids), ids))
+        yield f"{field}: {counted(len(shared), 'value')} in {counted(sum(map(len, shared)), 'sample')}"
+        yield from (f"  {len(ids)}: {', '.join(ids[:_DUPLICATES])}" for ids in shared[:_DUPLICATES])
+    yield "samples that share bytes stand on one side of a training set's splits where its group_equal names the field"
 
 
 def prefix(source: str | None) -> str:

@@ -197,10 +197,14 @@ class IndexSpec(_Node):
 
 
 class TrainingSetSpec(_Node):
-    """Aligned rows of views with the manifest's column `label`; `splits` are fractions of the samples."""
+    """Aligned rows of views with the source's column `label`; `splits` are fractions of the samples.
+
+    Samples of one group stand on one side, and those that have equal bytes in a field of `group_equal`.
+    """
 
     views: tuple[Text, ...] = Field(min_length=1)
     label: Text
+    group_equal: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()
     splits: dict[Name, Annotated[float, Field(gt=0, le=1)]]
     seed: int = Field(default=0, ge=0, lt=2**32)
 

@@ -210,6 +210,10 @@ def _references(spec: Any) -> Iterator[tuple[Place, Any, list[str], str]]:
     for section in ("spaces", "training_sets"):
         for name, entry in _entries(spec, section).items():
             yield from _views_of((section, name), entry, views, "a view of this spec")
+    for name, entry in _entries(spec, "training_sets").items():
+        listed = entry.get("group_equal", ())
+        for i, each in enumerate(listed if isinstance(listed, tuple) else ()):
+            yield ("training_sets", name, "group_equal", i), each, fields, "a field of this corpus"
     for name, index in _entries(spec, "indexes").items():
         space = index.get("space")
         yield ("indexes", name, "space"), space, list(spaces), "a space of this spec"

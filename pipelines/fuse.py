@@ -50,13 +50,15 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
     }
     ids, groups = samples["id"].to_pylist(), samples["group"].to_pylist()
     labels = samples[chosen["label"]].cast(pa.string()).to_pylist()
-    sides = splits.assign(groups, chosen["splits"], chosen["seed"]).tolist()
+    equal = [pc.struct_field(samples[field], "digest").to_pylist() for field in chosen["group_equal"]]
+    kept_together = splits.joined(groups, equal)
+    sides = splits.assign(kept_together, chosen["splits"], chosen["seed"]).tolist()
     digests = {view.field: pc.struct_field(samples[view.field], "digest") for view in views.values()}
-    found = certificate.certify(ids, groups, sides, digests, labels)
+    found = certificate.certify(ids, kept_together, sides, digests, labels)
     certificate.require(found, f"training set {build.name!r}")
 
     classes, y = np.unique(np.asarray(labels), return_inverse=True)
-    folds = fusion.group_folds(groups, np.asarray(sides) == TRAIN, chosen["seed"])
+    folds = fusion.group_folds(kept_together, np.asarray(sides) == TRAIN, chosen["seed"])
     table = training.training_table(
         {"id": ids, "group": groups, "label": labels, "split": sides, "fold": folds, "weight": _weights(y, folds)},
         embeddings,
@@ -72,7 +74,7 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
         "without_label": len(labelled) - len(kept),
         "encoders": {name: view.encoder["fingerprint"] for name, view in views.items()},
         "certificate": found,
-        "fusion": fusion_table(embeddings, labels, groups, chosen["seed"]),
+        "fusion": fusion_table(embeddings, labels, kept_together, chosen["seed"]),
     }
     return result(build.key, _place(storage, build, table, card))
 

@@ -92,6 +92,7 @@ def build_training_set(storage: Storage) -> None:
     """The fuse stage."""
     snapshot = Catalog(storage).snapshot()
     chosen = {"views": [*VIEWS], "label": "label", "splits": {"train": 0.7, "val": 0.1, "test": 0.2}, "seed": 0}
+    chosen["group_equal"] = []
     planned = builds.plan(snapshot, builds.TRAINING, "category", fuse.settings("planted", chosen))
     made = fuse.make(storage, planned, snapshot.version)
     publish(storage, [made], [runner.Scope(*planned[:2], planned.key)], whole=True)

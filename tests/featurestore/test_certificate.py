@@ -31,7 +31,7 @@ def test_a_clean_set_passes_with_its_balance():
 def test_a_group_on_two_sides_fails_and_is_named():
     certificate = certify(IDS, ["g1", "g1", "g2", "g3", "g2", "g5"], SPLITS, {})
     assert not certificate["passed"]
-    with pytest.raises(InputError, match=r"(?s)set category: 1 leaks.*group in train and test: c, e\n.*in one group"):
+    with pytest.raises(InputError, match=r"(?s)set category: 1 leaks.*group in train and test: c, e\n.*group_equal"):
         require(certificate, "set category")
 
 

@@ -13,6 +13,30 @@ FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 SIZES = st.lists(st.integers(1, 9), min_size=60, max_size=150)
 
 
+def test_groups_are_joined_through_equal_bytes_and_called_by_their_first_name() -> None:
+    groups = ["b", "b", "c", "a", "d", "e"]
+    first = [b"1", None, b"1", None, b"2", b"3"]
+    second = [None, b"x", None, b"x", None, None]
+    assert splits.joined(groups, []) == groups
+    assert splits.joined(groups, [first]) == ["b", "b", "b", "a", "d", "e"]
+    assert splits.joined(groups, [first, second]) == ["a", "a", "a", "a", "d", "e"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=40), st.randoms(use_true_random=False))
+def test_joined_groups_are_the_components_whatever_the_order(rows: list[tuple[int, int]], rng: random.Random) -> None:
+    def found(rows: list[tuple[int, int]]) -> dict[tuple[int, int], str]:
+        groups, digests = [f"g{group}" for group, _ in rows], [bytes([value]) if value else None for _, value in rows]
+        return dict(zip(rows, splits.joined(groups, [digests]), strict=True))
+
+    of = found(rows)
+    for one in rows:
+        for other in rows:
+            if one[0] == other[0] or one[1] == other[1] != 0:
+                assert of[one] == of[other]
+    rng.shuffle(rows)
+    assert found(rows) == of
+
+
 def _groups(sizes: list[int]) -> list[str]:
     return [f"g{number}" for number, size in enumerate(sizes) for _ in range(size)]
 

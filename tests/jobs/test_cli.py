@@ -23,7 +23,7 @@ from tests.conftest import Made
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "init", "plan", "run", "shard", "encode", "align", "index", "fuse",
+    "init", "plan", "run", "shard", "encode", "align", "index", "fuse", "compact", "duplicates",
     "search", "get", "status", "history", "verify", "export",
 )  # fmt: skip
 
@@ -245,7 +245,7 @@ def test_history_says_what_each_version_published(braid: Braid, small: Made) -> 
     pattern = r" +(\d+)  \d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ  (.+)  \((\d+) files\)"
     told = [re.fullmatch(pattern, line).groups() for line in lines]  # type: ignore[union-attr]
     assert told[-1] == ("0", "create", "0")
-    assert told[-2] == ("1", "shard planted", "12")
+    assert told[-2] == ("1", "shard planted", "13")
     assert told[-3] == ("2", "encode loud", "6")
     assert told[0][1] == "fuse other"
 
