@@ -85,9 +85,10 @@ TEXTS = {
     *("abstract", "question", "answer", "utterance", "lyrics", "alt"),
 }
 LABELS = ("label", "class", "category", "target", "kind", "genre", "emotion", "species", "topic", "intent", "sentiment")
-NO_LABELS = frozenset(
-    {"split", "fold", "partition", "subset", "language", "lang", "licence", "license", "source", "url"}
-)
+NO_LABELS = {
+    *("split", "fold", "partition", "subset", "language", "lang", "licence", "license", "source", "url"),
+    *(*TIMES, *AVAILABLE),
+}
 
 MIN_PER_LABEL = 10
 """Samples a value of a label has on average, where only its values say that it is one."""
@@ -150,29 +151,29 @@ def fields_of_files(paths: Sequence[str]) -> list[Field]:
     """
     media = [(path, modality) for path in paths if (modality := modality_of(path)) and "{id}" not in path]
     shapes = _beside(media) or _suffixes(media)
-    endings: dict[tuple[str, str, str, str], Counter[str]] = defaultdict(Counter)
+    counts: Counter[tuple[tuple[str, str, str], str]] = Counter()
     for path, modality in media:
         ending = extension(path)
         stem = path[: -len(ending) - 1]
-        for before, after, its_modality in shapes:
+        for shape in shapes:
+            before, after, its_modality = shape
             if its_modality == modality and stem.startswith(before) and stem.endswith(after):
-                endings[_name_of(before, after, modality), before, after, modality][ending] += 1
-    patterns: dict[str, list[str]] = {}
-    modalities: dict[str, str] = {}
+                counts[shape, ending] += 1
+    given: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for (before, after, modality), ending in _by_count(counts)[: folder.MAX_PATTERNS]:
+        given[before, after, modality].append(f"{before}{{id}}{after}.{ending}")
     order = list(MODALITIES)
-    for (wanted, before, after, modality), found in sorted(
-        endings.items(), key=lambda item: (order.index(item[0][3]), *item[0][1:3])
-    ):
-        name = field_name(wanted, modality, {*patterns, *folder.COLUMNS})
-        patterns[name], modalities[name] = [f"{before}{{id}}{after}.{ending}" for ending in _by_count(found)], modality
-    return _matched(paths, patterns, modalities)
+    shapes = sorted(given, key=lambda shape: (order.index(shape[2]), *shape[:2]))
+    fields: list[Field] = []
+    for number, patterns, samples in _matched(paths, {at: given[shape] for at, shape in enumerate(shapes)}):
+        before, after, modality = shapes[number]
+        wanted = after or before.rstrip("/").rpartition("/")[2] or modality
+        name = field_name(wanted, modality, [*(field.name for field in fields), *folder.COLUMNS])
+        fields.append(Field(name, modality, patterns if len(patterns) > 1 else patterns[0], None, samples))
+    return fields
 
 
-def _name_of(before: str, after: str, modality: str) -> str:
-    return after or before.rstrip("/").rpartition("/")[2] or modality
-
-
-def _by_count(counts: Counter[str]) -> list[str]:
+def _by_count(counts: Counter[Any]) -> list[Any]:
     return [key for key, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 
 
@@ -202,17 +203,20 @@ def _beside(media: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
 
 def _suffixes(media: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
     """("", suffix, modality) of every field; the suffix is empty for the files that are called as their sample is."""
-    bases: dict[tuple[str, str], set[str]] = defaultdict(set)
+    stems: dict[str, set[str]] = defaultdict(set)
     for path, modality in media:
-        stem = path[: -len(extension(path)) - 1]
+        stems[path[: -len(extension(path)) - 1]].add(modality)
+    bases: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for stem, modality in ((stem, modality) for stem, its in stems.items() for modality in its):
         bases["", modality].add(stem)
-        for base, suffix in _cuts(stem):
+        cuts = list(_cuts(stem))
+        # Of a_b_desc.ogg beside a.png and a_b.png, the name is a_b.
+        for base, suffix in [cut for cut in cuts if stems.get(cut[0], set()) - {modality}][-1:] or cuts:
             bases[suffix, modality].add(base)
     forms: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for form, its in bases.items():
         for base in its:
             forms[base].add(form)
-    stems = {stem for (suffix, _), its in bases.items() if not suffix for stem in its}
     roots = sum(not any(base in stems for base, _ in _cuts(stem)) for stem in stems)
     found = [
         form
@@ -249,36 +253,28 @@ def _is_suffix(
     )
     bare = bases.get(("", modality), set())
     without = {stem for stem in bare if not stem.endswith(suffix)}
-    return whole * 2 < len(its) and (paired * 2 >= len(its) or len(its & without) * 2 >= len(without))
+    return whole * 2 < len(its) and (paired * 2 >= len(its) or len(its & without) * 2 > len(without))
 
 
-def _matched(paths: Sequence[str], patterns: dict[str, list[str]], modalities: dict[str, str]) -> list[Field]:
-    """The fields with the samples that the source would find, without patterns and fields that find none or hardly any."""
-    if not patterns:
+def _matched(paths: Sequence[str], given: dict[int, list[str]]) -> list[tuple[int, list[str], set[str]]]:
+    """Number, patterns and the samples that the source would find, without patterns and fields that find none or hardly any."""
+    if not given:
         return []
-    matcher = folder.Patterns(patterns)
-    found: dict[str, dict[str, set[str]]] = {name: {} for name in patterns}
+    matcher = folder.Patterns({str(number): patterns for number, patterns in given.items()})
+    found: dict[str, set[str]] = defaultdict(set)
     for path in paths:
         if (matched := matcher.match(path)) is not None:
-            number, sample_id = matched
-            pattern = matcher.all[number]
-            found[pattern.field].setdefault(str(pattern), set()).add(sample_id)
-    samples = {name: set().union(*its.values()) for name, its in found.items()}
+            found[str(matcher.all[matched[0]])].add(matched[1])
+    samples = {number: set().union(*(found[each] for each in patterns)) for number, patterns in given.items()}
     total = len(set().union(*samples.values()))
     kept = []
-    for name, given in patterns.items():
-        others = set().union(*(each for other, each in samples.items() if other != name))
+    for number, its in samples.items():
+        others = set().union(*(each for other, each in samples.items() if other != number))
         # A README.txt beside pictures is no caption.
-        if len(samples[name]) * 10 >= total or (
-            samples[name] and len(samples[name] & others) * 10 >= len(samples[name])
-        ):
-            texts = [text for text in given if text in found[name]]
-            kept.append(Field(name, modalities[name], texts if len(texts) > 1 else texts[0], None, samples[name]))
-    if len(kept) < len(patterns):
-        return _matched(
-            paths, {each.name: [each.given] if isinstance(each.given, str) else each.given for each in kept}, modalities
-        )
-    return kept
+        if its and (len(its) * 10 >= total or len(its & others) * 10 >= len(its)):
+            kept.append((number, [each for each in given[number] if found[each]], its))
+    # What one field leaves, another may take.
+    return kept if len(kept) == len(given) else _matched(paths, {number: patterns for number, patterns, _ in kept})
 
 
 def of_folders(ids: Iterable[str]) -> Columns:
@@ -377,8 +373,10 @@ def _fields_of(
             modality, read = "text", "inline"
         if modality is not None:
             wanted = re.sub(r"_(path|file|filename|file_name|url|uri)$", "", name)
-            wanted = modality if wanted in ("path", "file", "filename", "file_name", "url", "uri", *IDS) else wanted
-            free = field_name(wanted, modality, {*(each.name for each in fields), *(set(values) - {name})})
+            taken_names = {*(each.name for each in fields), *(set(values) - {name})}
+            if wanted in {"path", "file", "filename", "file_name", "url", "uri", *IDS} and modality not in taken_names:
+                wanted = modality
+            free = field_name(wanted, modality, taken_names)
             have = {str(number) for number, row in enumerate(rows) if row.get(name) not in (None, "")}
             # What the source chooses by itself needs no word.
             fields.append(Field(free, modality, name, "file" if modality == "text" and read == "file" else None, have))

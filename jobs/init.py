@@ -174,7 +174,9 @@ def _of_rows(kind: str, path: str, rows: list[dict[str, Any]], cut: bool, fields
         raise InputError(f"{path} holds no rows")
     seen = rows[:MAX_SEEN]
     columns = guesses.of_rows(seen, path, [str(field.given) for field in fields])
-    fields = [*fields, *columns.fields]
+    # A Parquet file's texts are values, where nothing says that they are paths.
+    are_paths = kind == "parquet"
+    fields += [each._replace(read="file") if are_paths and each.modality != "text" else each for each in columns.fields]
     if not fields:
         raise InputError(
             f"{path}: no column holds paths of pictures, sounds or texts, or texts; columns: "
@@ -388,7 +390,13 @@ def _space_lines(views: list[tuple[Field, list[str]]]) -> list[str]:
     if not pairs:
         return []
     one, two, shared = max(
-        pairs, key=lambda pair: (pair[2] >= MIN_PAIRS, pair[0].modality != pair[1].modality, pair[2])
+        pairs,
+        key=lambda pair: (
+            pair[2] >= MIN_PAIRS,
+            {pair[0].modality, pair[1].modality} == {"image", "text"},
+            pair[0].modality != pair[1].modality,
+            pair[2],
+        ),
     )
     name, both = f"{one.name[:31]}-{two.name[:31]}", [one.name, two.name]
     lines = [
@@ -421,9 +429,21 @@ def _store_of(found: Found) -> str:
     return f"{above}/{found.name}-store"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Texts with line breaks are written with escapes: else they would go over several lines."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 def _flow(value: dict[str, Any]) -> str:
     """YAML in one line."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+    )
     return text.rstrip("\n")
 
 

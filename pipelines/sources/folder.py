@@ -36,7 +36,7 @@ from pipelines.sources import SampleRef, Source, Value
 from pipelines.sources.files import FileValue, Part, change_of, filesystem
 from pipelines.sources.rows import Row, RowSource
 
-__all__ = ["COLUMNS", "Folder", "Listed", "Patterns", "listing", "mistakes"]
+__all__ = ["COLUMNS", "MAX_PATTERNS", "Folder", "Listed", "Patterns", "listing", "mistakes"]
 
 COLUMNS = ("id", "folder", "name")
 """The columns of a folder's samples."""
