@@ -15,14 +15,16 @@ the group groups the samples in it; those at the top are a group each.
 Files and folders whose name begins with a dot are left out. A symbolic link to a file is that file where it is in the folder
 too, else its value goes to quarantine as `outside`; links to folders are not followed.
 
-Planning lists the folder once and opens no file. It holds about 20 bytes and the id of every file that a pattern matches; on a
-disk the names in the folder being listed too (60 bytes each), on gs:// all that the client tells of each object (2 kB).
+Planning lists the folder once and opens no file. It holds about 50 bytes and the id, twice at most, of every sample (of every
+file, where a sample's are listed far from each other), on a disk the names in the folder being listed too (60 bytes each), and
+on gs:// all that the client tells of each object (2 kB).
 """
 
 import os
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ import pyarrow.compute as pc
 from featurestore.errors import DecodeError, InputError
 from featurestore.identity import check_id, hash64
 from pipelines.sources import SampleRef, Source, Value
-from pipelines.sources.files import FileValue, Part, change_of, filesystem
+from pipelines.sources.files import FileValue, change_of, filesystem
 from pipelines.sources.rows import Row, RowSource
 
 __all__ = ["COLUMNS", "MAX_PATTERNS", "Folder", "Listed", "Patterns", "listing", "mistakes"]
@@ -47,7 +49,10 @@ MAX_PATTERNS = 62
 _ID = "{id}"
 _BATCH = 4_096
 
-_FILES = pa.schema([("id", pa.large_string()), ("pattern", pa.uint8()), ("size", pa.int64()), ("change", pa.uint64())])
+_FILES = pa.schema([("id", pa.large_string()), ("patterns", pa.int64()), ("size", pa.int64()), ("change", pa.uint64())])
+
+_Files = tuple[str, int, int, int]
+"""Of a sample: id, the patterns that found a file as bits, bytes in all, and a sum of hashes of paths, sizes and changes."""
 
 
 def open_source(corpus: dict[str, Any]) -> Source:
@@ -161,6 +166,7 @@ class Folder(RowSource):
     def __init__(self, corpus: dict[str, Any]) -> None:
         super().__init__(corpus)
         self._path = self.paths[0].rstrip("/") or "/"
+        self._base = _base(self._path)
         self._patterns = Patterns({name: field["from"] for name, field in self.fields.items()})
 
     def unmatched(self) -> dict[str, str]:
@@ -169,24 +175,23 @@ class Folder(RowSource):
             name: ", ".join(_texts(field["from"])) for name, field in self.fields.items() if name not in self._found
         }
 
-    def rows(self) -> Iterator[Row]:
+    def references(self) -> Iterator[SampleRef]:
         """Every sample, by its id. Raises InputError where no file matches, or one has a name that is no id."""
-        base = _base(self._path)
-        for sample_id, found in groupby(_sorted(self._matched()), key=itemgetter(0)):
-            parts: dict[int, Value] = {}
-            for _, number, size, change in found:
-                path = self._patterns.all[number].path(sample_id)
-                parts[number] = Part(f"{base}/{path}", 0, size, f"{change:x}", path)
-            yield self._row(sample_id, parts)
+        for sample_id, mask, size, change in _sorted(_joined(self._matched())):
+            yield self._reference(self._row(sample_id, mask, f"{change:x}".encode()))._replace(bytes=size)
 
-    def _matched(self) -> Iterator[tuple[str, int, int, int]]:
-        """Id, number of the pattern, size and hashed change of every file that a pattern takes."""
+    def rows(self) -> Iterator[Row]:
+        """Every sample, by its id."""
+        return self.read(self.references())
+
+    def _matched(self) -> Iterator[_Files]:
+        """Every file that a pattern takes."""
         listed, taken, example = 0, 0, ""
         for listed, file in enumerate(listing(self._path), 1):  # noqa: B007
             if (matched := self._patterns.match(file.path)) is not None:
                 taken, (number, sample_id) = taken + 1, matched
                 check_id(sample_id, f"{self._path}/{file.path}")
-                yield sample_id, number, file.size, hash64(file.change)
+                yield sample_id, 1 << number, file.size, hash64(f"{file.path}\n{file.size}\n{file.change}")
             else:
                 example = example or f", e.g. {file.path!r}"
         if not taken:
@@ -197,33 +202,34 @@ class Folder(RowSource):
 
     def read(self, references: Iterable[SampleRef]) -> Iterator[Row]:
         """Samples again, without a look at the folder: a reference says which patterns found a file."""
-        base = _base(self._path)
         for reference in references:
-            found: dict[int, Value] = {}
-            for number, pattern in enumerate(self._patterns.all):
-                if reference.offset >> number & 1:
-                    path = pattern.path(reference.id)
-                    found[number] = FolderFile(f"{base}/{path}", path)
-            yield self._row(reference.id, found)
+            yield self._row(reference.id, reference.offset, b"")
 
     def place(self, reference: SampleRef) -> str:
         """The folder and the id."""
         return f"{self._path}, sample {reference.id!r}"
 
-    def _row(self, sample_id: str, found: dict[int, Value]) -> Row:
-        values: dict[str, Value | None] = {}
-        for field in self.fields:
-            files = tuple(value for number, value in found.items() if self._patterns.all[number].field == field)
-            values[field] = Ambiguous(files) if len(files) > 1 else next(iter(files), None)
+    def _row(self, sample_id: str, mask: int, content: bytes) -> Row:
+        found: dict[str, list[FolderFile]] = {field: [] for field in self.fields}
+        for number, pattern in enumerate(self._patterns.all):
+            if mask >> number & 1:
+                path = pattern.path(sample_id)
+                found[pattern.field].append(FolderFile(f"{self._base}/{path}", path))
+        values: dict[str, Value | None] = {
+            field: Ambiguous(tuple(files)) if len(files) > 1 else next(iter(files), None)
+            for field, files in found.items()
+        }
         folder, _, name = sample_id.rpartition("/")
         columns = {"id": sample_id, "folder": folder or None, "name": name}
-        content = "\n".join(value.source for value in found.values())
-        mask = sum(1 << number for number in found)
-        return Row(columns, values, content.encode(), self._path, mask, 0, f"{self._path}, sample {sample_id!r}")
+        return Row(columns, values, content, self._path, mask, 0, f"{self._path}, sample {sample_id!r}")
 
 
 class FolderFile(FileValue):
     """A value in a file of a folder; `source` is its path below it, with which `uri` ends."""
+
+    def stat(self) -> tuple[int, str]:
+        """Nothing: the listing told its size and its change, which are in its sample's reference."""
+        return 0, ""
 
     def fetch(self) -> bytes:
         """The file's bytes; DecodeError as FileValue's, and `outside` where a link leads out of the folder."""
@@ -246,9 +252,8 @@ class Ambiguous(NamedTuple):
         return ", ".join(value.source for value in self.values)
 
     def stat(self) -> tuple[int, str]:
-        """The size of all of them; changes where one does."""
-        sizes, changes = zip(*(value.stat() for value in self.values), strict=True)
-        return sum(sizes), ",".join(f"{size}:{change}" for size, change in zip(sizes, changes, strict=True))
+        """Nothing, as FolderFile's."""
+        return 0, ""
 
     def fetch(self) -> bytes:
         """DecodeError `ambiguous`."""
@@ -258,8 +263,21 @@ class Ambiguous(NamedTuple):
         )
 
 
-def _sorted(files: Iterator[tuple[str, int, int, int]]) -> Iterator[tuple[str, int, int, int]]:
-    """Files by id, in code points as Python compares texts, and then by pattern."""
+def _joined(files: Iterator[_Files]) -> Iterator[_Files]:
+    """Files of a sample that are listed near each other, as one: most samples' are, and are held once."""
+    while batch := list(islice(files, _BATCH)):
+        joined: dict[str, _Files] = {}
+        for each in batch:
+            joined[each[0]] = _join(joined[each[0]], each) if each[0] in joined else each
+        yield from joined.values()
+
+
+def _join(one: _Files, other: _Files) -> _Files:
+    return one[0], one[1] | other[1], one[2] + other[2], (one[3] + other[3]) % 2**64
+
+
+def _sorted(files: Iterator[_Files]) -> Iterator[_Files]:
+    """Every sample once, by its id in code points, as Python compares texts."""
     chunks: list[list[pa.Array]] = [[] for _ in _FILES]
     while batch := list(islice(files, _BATCH)):
         for chunk, column, field in zip(chunks, zip(*batch, strict=True), _FILES, strict=True):
@@ -270,10 +288,11 @@ def _sorted(files: Iterator[tuple[str, int, int, int]]) -> Iterator[tuple[str, i
         columns.append(pa.concat_arrays(chunk))
         chunk.clear()
     table = pa.table(columns, schema=_FILES)
-    order = pc.sort_indices(table, sort_keys=[("id", "ascending"), ("pattern", "ascending")])
-    for start in range(0, len(order), _BATCH):
-        part = table.take(order[start : start + _BATCH])
-        yield from zip(*(part[name].to_pylist() for name in _FILES.names), strict=True)
+    order = pc.sort_indices(table, sort_keys=[("id", "ascending")])
+    parts = (table.take(order[start : start + _BATCH]) for start in range(0, len(order), _BATCH))
+    rows = (row for part in parts for row in zip(*(part[name].to_pylist() for name in _FILES.names), strict=True))
+    for _, its in groupby(rows, key=itemgetter(0)):
+        yield reduce(_join, its)
 
 
 def _base(path: str) -> str:

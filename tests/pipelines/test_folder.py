@@ -20,7 +20,6 @@ from jobs import plan
 from jobs import spec as specs
 from jobs.report import field_counts, rejected
 from jobs.run import Runner
-from pipelines import shard
 from pipelines.sources.files import FileValue
 from pipelines.sources.folder import Ambiguous, Folder, Listed, Patterns, listing
 from tests.loopback_s3 import loopback_s3
@@ -279,7 +278,7 @@ def test_a_folder_without_samples_or_with_a_name_that_is_no_id_is_told(
 ) -> None:
     put(tmp_path, *names)
     with pytest.raises(InputError, match=told):
-        shard.scan(source_of(tmp_path), {})
+        list(source_of(tmp_path).references())
 
 
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
@@ -396,13 +395,22 @@ def test_a_run_stores_every_sample_once_and_a_second_one_only_what_is_new(tmp_pa
     }
     assert not verify(store.storage).findings
     put(folder, "new/1.txt", "new/2.txt")
-    (step,) = [step for step in plan.steps(specs.parse(text, "spec"), store.snapshot) if step.stage == "shard"]
-    assert (step.state, step.todo, step.total) == (plan.STALE, 2, 17)
+    assert shard_step(text, store) == (plan.STALE, 2, 17, "samples: 2 new")
     grown = run(text)
     assert {entry.shard for entry in corpus.shards} < {entry.shard for entry in grown.corpus("texts").shards}
+    assert shard_step(text, grown) == (plan.FRESH, 0, 17, "17 samples stored")
     (folder / "new/1.txt").write_text("another text")
-    with pytest.raises(InputError, match="1 of its samples"):
-        run(text)
+    put(folder, "b c/1_desc.txt")
+    (folder / "ü/0_desc.txt").unlink()
+    (folder / "ü/4.txt").unlink()
+    (folder / "ü/4_desc.txt").unlink()
+    os.utime(folder / "a/2.txt", (1, 1))
+    assert shard_step(text, grown) == (plan.STALE, 2, 16, "samples: 2 changed, 1 gone")
+
+
+def shard_step(text: str, store: FeatureStore) -> tuple[str, int, int, str]:
+    (step,) = [step for step in plan.steps(specs.parse(text, "spec"), store.snapshot) if step.stage == "shard"]
+    return step.state, step.todo, step.total, step.why
 
 
 def test_fields_in_another_order_as_workers_get_them_give_the_same_references(tmp_path: Path) -> None:
