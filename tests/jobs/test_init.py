@@ -24,7 +24,7 @@ from rich.console import Console
 from featurestore.catalog import Catalog
 from featurestore.errors import InputError
 from featurestore.store import FeatureStore
-from jobs import guesses, init, plan
+from jobs import guess_files, init, plan
 from jobs import spec as specs
 from jobs.report import field_counts
 from jobs.run import Runner
@@ -69,7 +69,7 @@ def steps(tree_or_path: Path) -> list[plan.Step]:
 
 
 def guessed(*names: str) -> dict[str, Any]:
-    return {field.name: field.given for field in guesses.fields_of_files(names)}
+    return {field.name: field.given for field in guess_files.fields_of_files(names)}
 
 
 def picture() -> bytes:
@@ -241,7 +241,7 @@ def test_more_kinds_of_names_than_patterns_are_allowed_leave_the_rarest_out() ->
 def test_few_folders_of_many_samples_are_a_label_and_many_of_few_a_group(
     ids: list[str], roles: dict[str, str], label: str | None
 ) -> None:
-    columns = guesses.of_folders(ids)
+    columns = guess_files.of_folders(ids)
     assert (columns.roles, columns.label) == (roles, label)
 
 

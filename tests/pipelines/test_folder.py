@@ -190,7 +190,7 @@ def etags(source: Folder) -> dict[str, str]:
 
 
 def test_an_etag_changes_with_a_files_size_and_time_and_with_which_files_there_are(tmp_path: Path) -> None:
-    put(tmp_path, "a.txt", "b.txt", "c.txt", "d.txt")
+    put(tmp_path, "a.txt", "b.txt", "c.txt", "d.txt", "e.txt", "e_desc.txt")
     before = etags(source_of(tmp_path))
     assert etags(source_of(tmp_path)) == before
     os.utime(tmp_path / "a.txt", (1, 1))
@@ -198,8 +198,10 @@ def test_an_etag_changes_with_a_files_size_and_time_and_with_which_files_there_a
     (tmp_path / "b.txt").write_text("longer than it was before")
     os.utime(tmp_path / "b.txt", ns=(times.st_atime_ns, times.st_mtime_ns))
     put(tmp_path, "c_desc.txt")
+    for old, new in (("e.txt", "aside"), ("e_desc.txt", "e.txt"), ("aside", "e_desc.txt")):
+        (tmp_path / old).rename(tmp_path / new)
     after = etags(source_of(tmp_path))
-    assert {sample_id for sample_id in before if before[sample_id] != after[sample_id]} == {"a", "b", "c"}
+    assert {sample_id for sample_id in before if before[sample_id] != after[sample_id]} == {"a", "b", "c", "e"}
 
 
 def test_planning_opens_no_file_and_knows_their_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
