@@ -201,6 +201,11 @@ def test_pairs_too_few_to_learn_from_are_no_space(here: Path) -> None:
             [f"data/x/{folder}/{n}.{end}" for n in range(3) for folder, end in (("id", "png"), ("label", "txt"))],
             {"image_id": "data/x/id/{id}.png", "text_label": "data/x/label/{id}.txt"},
         ),
+        (
+            [f"{n}{end}" for n in range(3) for end in (".png", "_filled.png", "_filled_desc.ogg")]
+            + [f"{n}{end}" for n in range(3, 60) for end in (".png", "_desc.ogg")],
+            {"image": "{id}.png", "desc": "{id}_desc.ogg"},
+        ),
         (["cats/1.png", "cats/2.png", "dogs/1.png"], {"image": "{id}.png"}),
         (["pictures/1.png", "sounds/2.wav"], {"image": "{id}.png", "audio": "{id}.wav"}),
         ([*(f"{n}.png" for n in range(30)), "README.txt", "x/LICENSE.txt"], {"image": "{id}.png"}),

@@ -227,6 +227,7 @@ def test_links_are_followed_to_files_and_never_out_of_the_folder(tmp_path: Path)
     (folder / "loop.txt").symlink_to("loop.txt")
     (folder / "up").symlink_to("..")
     (folder / "again").symlink_to("real")
+    (folder / "folder.txt").symlink_to("real")
     os.mkfifo(folder / "pipe.txt")
     source = source_of(folder)
     reasons: dict[str, str] = {}
@@ -241,6 +242,8 @@ def test_links_are_followed_to_files_and_never_out_of_the_folder(tmp_path: Path)
     assert [each.id for each in source.references()] == [
         *("alias", "broken", "leak", "loop", "pipe", "real/a", "sibling"),
     ]
+    sizes = {each.id: each.bytes for each in source.references()}
+    assert sizes["alias"] == sizes["real/a"] == len("the text of in/real/a.txt")
     assert not any(str(tmp_path) in each for each in told), "a folder of this machine"
     assert reasons == {
         "leak": "outside",
