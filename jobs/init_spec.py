@@ -49,7 +49,7 @@ def spec_text(found: Found, output: Path) -> str:
         "version: 1",
         f"store: {_flow({'uri': _store_of(found)})} # or s3://bucket/prefix, gs://bucket/prefix",
         "corpus:",
-        f"  name: {found.name}",
+        f"  {_entry('name', found.name)}",
         f"  # {_PATHS[found.kind]}",
         f"  source: {_flow({'type': found.kind, 'path': found.path})}",
         *_column_lines(found),
@@ -161,7 +161,7 @@ def _flow(value: dict[str, Any]) -> str:
     return text.rstrip("\n")
 
 
-def _entry(name: str, value: dict[str, Any]) -> str:
+def _entry(name: str, value: Any) -> str:
     return _flow({name: value})[1:-1]
 
 

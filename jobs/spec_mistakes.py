@@ -265,7 +265,7 @@ def _of_source(tree: Document) -> Iterator[Mistake]:
     given = {name: field.get("from") for name, field in _entries(corpus, "fields").items()}
     if source.get("type") == "folder":
         yield from _of_folder(source, columns, given, tree)
-    elif isinstance(source.get("type"), str):
+    elif source.get("type") in ("manifest", "parquet"):
         for name, texts in given.items():
             if isinstance(texts, tuple):
                 yield tree.mistake(("corpus", "fields", name, "from"), f"{_shown(texts)} is a list: name one column")

@@ -24,7 +24,7 @@ from rich.console import Console
 from featurestore.catalog import Catalog
 from featurestore.errors import InputError
 from featurestore.store import FeatureStore
-from jobs import guess_files, init, plan
+from jobs import guess_files, guesses, init, plan
 from jobs import spec as specs
 from jobs.report import field_counts
 from jobs.run import Runner
@@ -449,6 +449,12 @@ def test_names_that_yaml_or_a_terminal_would_obey_are_only_names(here: Path) -> 
     output, _ = init.write(str(quoted), None)
     assert froms(yaml.safe_load(output.read_text())) == {"i_m": "i\nm/{id}.png", "s_ound": "s: ound/{id}.wav"}
     assert [step.todo for step in steps(output) if step.stage == "shard"] == [1]
+
+
+@pytest.mark.parametrize("name", ["2024", "00000", "no", "null", "1e5", "2024-01-01", "~"])
+def test_a_corpus_whose_name_is_no_text_to_yaml_has_a_name(here: Path, name: str) -> None:
+    put(here.parent / name, *(f"{n}_{name}.ogg" for n in range(3)), *(f"{n}.txt" for n in range(3)))
+    assert written(here.parent / name)["corpus"]["name"] == guesses.slug(name, "corpus")
 
 
 def test_no_file_is_overwritten(here: Path) -> None:
