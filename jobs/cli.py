@@ -150,8 +150,36 @@ def _quiet() -> None:
 
 
 @app.command()
-def init(spec: SpecPath) -> None:
-    """Make the spec's store: write and read through both of its clients, and create its catalog."""
+def init(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|FILE|SPEC", help="A folder, a manifest, a tar or a Parquet file, here or s3://…; or a spec."
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option(help="The spec to write; CORPUS.yaml, if not given.")] = None,
+) -> None:
+    """Write a spec for a folder or file of samples, to be edited; or make and try the store of a spec."""
+    if path.endswith((".yaml", ".yml")):
+        if output is not None:
+            raise InputError(
+                f"--output {output}: {path} is a spec already, for its store to be made; leave --output out"
+            )
+        _make_store(Path(path))
+        return
+    from jobs import init as writing
+
+    written, found = writing.write(path, output)
+    console = _say()
+    for line in found.seen:
+        console.print(line, markup=False)
+    for field in found.fields:
+        console.print(f"  {field.name}: {field.modality}, {len(field.samples)} of {found.samples}", markup=False)
+    console.print(f"{written} is written: read it, edit it, and then: braid plan {written}", markup=False)
+
+
+def _make_store(spec: Path) -> None:
+    """Writes and reads through both of a store's clients, and creates its catalog."""
     from featurestore.catalog import Catalog
 
     storage = _spec(spec).store

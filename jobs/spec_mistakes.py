@@ -196,6 +196,7 @@ def of_references(tree: Document) -> Iterator[Mistake]:
         for name, entry in _entries(tree.value, section).items():
             yield from _repeated((section, name, "views"), entry.get("views"), tree)
     yield from _of_encoders(tree)
+    yield from _of_source(tree)
 
 
 def _references(spec: Any) -> Iterator[tuple[Place, Any, list[str], str]]:
@@ -258,6 +259,45 @@ def _of_encoders(tree: Document) -> Iterator[Mistake]:
         if isinstance(has, str) and has != takes:
             text = f"{_shown(key)} takes {takes}, but field {_shown(source)} is {_shown(has)}"
             yield tree.mistake(("views", name, "encoder"), text)
+
+
+def _of_source(tree: Document) -> Iterator[Mistake]:
+    """What a field's `from`, the source's path and its columns may not be with this type of source."""
+    corpus = tree.value.get("corpus")
+    sections = corpus if isinstance(corpus, dict) else {}
+    source, columns = (part if isinstance(part, dict) else {} for part in map(sections.get, ("source", "columns")))
+    given = {name: field.get("from") for name, field in _entries(corpus, "fields").items()}
+    if source.get("type") == "folder":
+        yield from _of_folder(source, columns, given, tree)
+    elif source.get("type") in ("manifest", "parquet"):
+        for name, texts in given.items():
+            if isinstance(texts, tuple):
+                yield tree.mistake(("corpus", "fields", name, "from"), f"{_shown(texts)} is a list: name one column")
+
+
+def _of_folder(
+    source: Mapping[str, Any], columns: Mapping[str, Any], given: Mapping[str, Any], tree: Document
+) -> Iterator[Mistake]:
+    from pipelines.sources import folder
+
+    if isinstance(source.get("path"), tuple) and len(source["path"]) > 1:
+        text = "is a list: a folder's ids would not be unique in several; name the folder that they are in"
+        yield tree.mistake(("corpus", "source", "path"), text)
+    for key, column in columns.items():
+        allowed = ["id"] if key == "id" else list(folder.COLUMNS)
+        if isinstance(column, str) and column not in allowed:
+            text = f"{_shown(column)} is no column of a folder for this; allowed: {', '.join(allowed)}"
+            yield tree.mistake(("corpus", "columns", key), text)
+    texts = {
+        name: each
+        for name, each in given.items()
+        if isinstance(each, str) or (isinstance(each, tuple) and all(isinstance(text, str) for text in each))
+    }
+    for name, entry in _entries(tree.value["corpus"], "fields").items():
+        if entry.get("read") == "inline":
+            yield tree.mistake(("corpus", "fields", name, "read"), "a folder's values are files: leave it out")
+    for name, told in folder.mistakes(texts):
+        yield tree.mistake(("corpus", "fields", name, "from"), told)
 
 
 def _entries(section: Any, key: str) -> dict[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ def place(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     shard = corpus.shards[0].shard
     label = corpus.read(shard)["label"][0].as_py()
     return tmp_path_factory.mktemp("readme"), {
+        "build/stamps/stamps": str(made.corpus),
         "build/stamps-store": str(made.store),
         "jobs/recipes/stamps.yaml": str(made.spec),
         '"stamps"': '"seen"',

@@ -129,10 +129,12 @@ def _matches(path: str) -> set[str]:
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The client for an address, and its path there. Raises ValueError on an address of a kind that is not read."""
-    if "://" in uri and uri.partition("://")[0] not in PROTOCOLS:
+    protocol = uri.partition("://")[0] if "://" in uri else "file"
+    if protocol not in PROTOCOLS:
         raise ValueError(f"addresses of this kind are not read; allowed: {', '.join(PROTOCOLS)}")
-    fs, path = fsspec.core.url_to_fs(uri)
-    return fs, path
+    client = fsspec.get_filesystem_class(protocol)
+    # Not by fsspec's own `url_to_fs`, which reads `::` in a name as a chain of addresses.
+    return fsspec.filesystem(protocol, **client._get_kwargs_from_urls(uri)), client._strip_protocol(uri)
 
 
 def opened(uri: str, what: str) -> io.BufferedReader:

@@ -108,6 +108,22 @@ def test_a_column_without_a_name_is_no_group(tmp_path: Path) -> None:
     assert found.group == "h"
 
 
+def test_fields_in_another_order_as_workers_get_them_give_the_same_etags(tmp_path: Path) -> None:
+    """Else every plan reads all values again, to see that none of them changed."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("bb")
+    (tmp_path / "m.jsonl").write_bytes(lines([{"id": "s", "one": "a.txt", "two": "b.txt"}]))
+    fields = {name: {"modality": "text", "from": name, "read": "file"} for name in ("one", "two")}
+    etags = {
+        reference.etag
+        for order in (fields, dict(reversed(fields.items())))
+        for reference in open_source(
+            {"source": {"type": "manifest", "path": [f"{tmp_path}/m.jsonl"]}, "columns": {"id": "id"}, "fields": order}
+        ).references()
+    }
+    assert len(etags) == 1
+
+
 def test_what_is_no_file_is_rejected_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, told in (
