@@ -90,7 +90,7 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1
 class SourceSpec(_Node):
     """Where the samples come from: files at one path or several, with patterns (`*`) and lists (`{00..99}`)."""
 
-    type: Literal["manifest"]
+    type: Literal["manifest", "parquet"]
     path: Texts
 
 

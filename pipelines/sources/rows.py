@@ -11,7 +11,7 @@ from featurestore.identity import check_id
 from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
 from pipelines.sources import Sample, SampleRef, Value
 
-__all__ = ["InlineText", "Row", "RowSource"]
+__all__ = ["InlineText", "Record", "Row", "RowSource"]
 
 
 class InlineText(NamedTuple):
@@ -27,6 +27,16 @@ class InlineText(NamedTuple):
     def fetch(self) -> bytes:
         """Its bytes as they stood in the source, valid UTF-8 or not."""
         return as_read(self.text)
+
+
+class Record(NamedTuple):
+    """A row as a file has it: Row without what its columns mean to fields."""
+
+    columns: dict[str, Any]
+    content: bytes
+    offset: int
+    length: int
+    where: str
 
 
 class Row(NamedTuple):

@@ -77,7 +77,7 @@ def test_a_column_of_another_type_in_some_shards_is_read_as_text(tmp_path: Path)
 @pytest.mark.parametrize(("name", "where"), [("group", "corpus.columns.group"), ("column", "corpus.fields.words.from")])
 def test_a_column_that_no_line_has_is_told_before_anything_is_written(tmp_path: Path, name: str, where: str) -> None:
     write(tmp_path, rows_of())
-    with pytest.raises(InputError, match=rf"{where}: 'albmu': no line of .* it has: album, id, title"):
+    with pytest.raises(InputError, match=rf"{where}: 'albmu': no sample of .* has it; columns: album, id, title"):
         run(tmp_path, **({"field": "words"} | {name: "albmu"}))
     assert not list((tmp_path / "store").rglob("*.tar"))
 

@@ -1,0 +1,254 @@
+"""Parquet files whose columns hold the values themselves: bytes, texts, or the `{bytes, path}` of Hugging Face's datasets.
+
+A field's `from` is a column: binary or large_binary; string, of texts or, with `read: file`, of paths; or a struct
+`{bytes: binary, path: string}`, where a null in `bytes` means the file at `path`. Paths are relative to the Parquet file, or
+absolute, or URIs. A null, and an empty text or path, mean that the value is absent. Columns that hold bytes and are no field's
+are left out; all others are kept.
+
+Planning reads no column of bytes: a sample's etag is of its other columns, its row's number, and its file's size and etag or
+time of change; the size of a value is the mean of its row group. A reference is a row's number, with length 0.
+
+The rows of a shard stand all over a file, so a worker reads each row group that holds one of them, once, and only the fields'
+and the kept columns. It keeps the shard's values on its disk while they are fetched; in memory are one page of each column and
+a batch of rows of about 16 MB, or one row where that is larger.
+"""
+
+import os
+import posixpath
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from featurestore.errors import InputError, StoreError
+from pipelines.sources import MAX_VALUE_BYTES, SampleRef, Source, Value, parquet_rows
+from pipelines.sources.files import FileValue, change_of, expand, filesystem, too_large
+from pipelines.sources.manifest import beside
+from pipelines.sources.parquet_rows import (
+    Meanings,
+    batches,
+    column_bytes,
+    content,
+    is_binary,
+    is_text,
+    parquet_file,
+    rows,
+)
+from pipelines.sources.rows import Row, RowSource, inline
+
+
+def open_source(corpus: dict[str, Any]) -> Source:
+    """The Parquet files that a corpus's `source.path` names."""
+    return Parquet(corpus)
+
+
+class _Spool:
+    """Values of a shard on this machine's disk, for as long as one of them may be fetched."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._size = 0
+
+    def __del__(self) -> None:
+        self._file.close()
+
+    def add(self, raw: pa.Buffer) -> int:
+        """Takes a value; returns its offset."""
+        offset, left = self._size, memoryview(raw)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise StoreError(
+                f"{tempfile.gettempdir()} cannot hold the values of a shard: {error.strerror}; make room, name another folder "
+                "in TMPDIR, or make shards smaller (corpus.shard_mb)"
+            ) from error
+        self._size += len(raw)
+        return offset
+
+    def read(self, offset: int, size: int) -> bytes:
+        """A value again; from any thread."""
+        return os.pread(self._file.fileno(), size, offset)
+
+
+class Cell(NamedTuple):
+    """A value that stands in a column. Planning knows its `size` roughly, and has not read it: `spool` is None."""
+
+    size: int
+    change: str
+    source: str
+    spool: _Spool | None = None
+    offset: int = 0
+
+    def stat(self) -> tuple[int, str]:
+        """Its size, and a text that changes when its file or its row's number does."""
+        return self.size, self.change
+
+    def fetch(self) -> bytes:
+        """Its bytes; DecodeError `too_large`."""
+        if self.size > MAX_VALUE_BYTES:
+            raise too_large(self.size)
+        if self.spool is None:
+            raise RuntimeError(f"{self.source}: only values of samples() are fetched")
+        return self.spool.read(self.offset, self.size)
+
+
+class _Opened(NamedTuple):
+    """A file with what its schema means: the columns without bytes, and each field's column of bytes."""
+
+    uri: str
+    file: pq.ParquetFile
+    plain: list[str]
+    cells: dict[str, str]
+    change: str
+
+    def is_struct(self, name: str) -> bool:
+        return bool(pa.types.is_struct(self.file.schema_arrow.field(name).type))
+
+    def bytes_of(self, name: str) -> str:
+        return f"{name}.bytes" if self.is_struct(name) else name
+
+    def paths_of(self, name: str) -> list[str]:
+        kind = self.file.schema_arrow.field(name).type
+        return [f"{name}.path"] if self.is_struct(name) and kind.get_field_index("path") >= 0 else []
+
+
+class Parquet(RowSource):
+    """Parquet files of values."""
+
+    def __init__(self, corpus: dict[str, Any]) -> None:
+        super().__init__(corpus, (field["from"] for field in corpus["fields"].values()))
+        self._meanings = Meanings.of(corpus["columns"])
+
+    def rows(self) -> Iterator[Row]:
+        """Every row. InputError names a file that is no Parquet, or a column of a wrong type."""
+        for uri in expand(self.paths):
+            with parquet_file(uri) as file:
+                opened = self._opened(uri, file)
+                paths = [path for name in {*opened.cells.values()} for path in opened.paths_of(name)]
+                for batch in batches(file, uri, [*opened.plain, *sorted(paths)], None):
+                    yield from self._rows(opened, batch, None)
+
+    def read(self, references: Iterable[SampleRef]) -> Iterator[Row]:
+        """Some rows again, in the order given: each file is read once, before the first is given."""
+        references, spool = list(references), _Spool()
+        found: dict[tuple[str, int], Row] = {}
+        for uri in sorted({reference.uri for reference in references}):
+            wanted = [reference.offset for reference in references if reference.uri == uri]
+            with parquet_file(uri) as file:
+                opened = self._opened(uri, file)
+                cells = {
+                    each for name in opened.cells.values() for each in (opened.bytes_of(name), *opened.paths_of(name))
+                }
+                for batch in batches(file, uri, [*opened.plain, *sorted(cells)], wanted):
+                    found |= {(uri, row.offset): row for row in self._rows(opened, batch, spool)}
+        for reference in references:
+            # Where the file was longer, a row without an id says so.
+            missing = Row({}, {}, b"", reference.uri, reference.offset, 0, self.place(reference))
+            yield found.pop((reference.uri, reference.offset), missing)
+
+    def place(self, reference: SampleRef) -> str:
+        """The file and the row, counted from 1."""
+        return parquet_rows.place(reference.uri, reference.offset)
+
+    def _opened(self, uri: str, file: pq.ParquetFile) -> _Opened:
+        plain, cells = parquet_rows.plain_columns(file, uri, self._meanings), {}
+        for name, field in self.fields.items():
+            if field["from"] in file.schema_arrow.names:
+                kind = file.schema_arrow.field(field["from"]).type
+                _check(uri, name, field, kind)
+                if not is_text(kind):
+                    cells[name] = field["from"]
+        fs, path = filesystem(uri)
+        info = fs.info(path)
+        return _Opened(uri, file, plain, cells, f"{info.get('size')},{change_of(info)}")
+
+    def _rows(self, opened: _Opened, batch: parquet_rows.Batch, spool: _Spool | None) -> Iterator[Row]:
+        """A batch's rows; into the spool goes what they hold of bytes."""
+        paths = {name: self._paths(opened, batch, name) for name in {*opened.cells.values()}}
+        values = {
+            name: self._cells(opened, batch, opened.cells[name], paths[opened.cells[name]], spool)
+            if name in opened.cells
+            else self._texts(opened, batch, field)
+            for name, field in self.fields.items()
+        }
+        for place, columns in enumerate(rows(batch, opened.plain, self._meanings)):
+            number = batch.numbers[place]
+            named = {f"{name}.path": column[place] for name, column in paths.items()}
+            yield Row(
+                columns,
+                {name: column[place] for name, column in values.items()},
+                content(columns | named),
+                opened.uri,
+                number,
+                0,
+                parquet_rows.place(opened.uri, number),
+            )
+
+    def _texts(self, opened: _Opened, batch: parquet_rows.Batch, field: dict[str, Any]) -> list[Value | None]:
+        """The values of a column of texts or paths; none where the file has no such column."""
+        name = field["from"]
+        if name not in opened.plain:
+            return [None] * len(batch.numbers)
+        texts = parquet_rows.plain(batch.columns[name])
+        if field["read"] == "file":
+            return [_file(opened.uri, text) for text in texts]
+        source = posixpath.basename(opened.uri)
+        return [inline(text, source) if text else None for text in texts]
+
+    def _paths(self, opened: _Opened, batch: parquet_rows.Batch, name: str) -> list[str | None]:
+        """What stands in the `path` of a column of `{bytes, path}`."""
+        if not opened.paths_of(name):
+            return [None] * len(batch.numbers)
+        return parquet_rows.plain(pc.struct_field(batch.columns[name], "path"))
+
+    def _cells(
+        self, opened: _Opened, batch: parquet_rows.Batch, name: str, paths: list[str | None], spool: _Spool | None
+    ) -> list[Value | None]:
+        """The values of a column of bytes, or of `{bytes, path}`."""
+        leaf, source = opened.bytes_of(name), posixpath.basename(opened.uri)
+        if spool is None:
+            if parquet_rows.is_empty(opened.file, batch.group, leaf):
+                return [_file(opened.uri, path) for path in paths]
+            size = column_bytes(opened.file, batch.group, leaf)
+            return [Cell(size, f"{opened.change},{number}", source) for number in batch.numbers]
+        column = batch.columns[name]
+        column = pc.struct_field(column, "bytes") if opened.is_struct(name) else column
+        found: list[Value | None] = []
+        for scalar, path in zip(column, paths, strict=True):
+            if scalar.is_valid:
+                raw = scalar.as_buffer()
+                offset = spool.add(raw) if raw.size <= MAX_VALUE_BYTES else 0
+                found.append(Cell(raw.size, "", source, spool, offset))
+            else:
+                found.append(_file(opened.uri, path))
+        return found
+
+
+def _file(uri: str, path: str | None) -> Value | None:
+    return FileValue(beside(uri, path), path.encode("utf-8", "replace").decode()) if path else None
+
+
+def _check(uri: str, name: str, field: dict[str, Any], kind: pa.DataType) -> None:
+    """InputError where a field's column has a type that is not read so."""
+    if is_text(kind):
+        if field["read"] == "file" or field["modality"] == "text":
+            return
+        mend = "a text is no value of this modality: say `read: file` where the column holds paths"
+    elif field["read"] == "file":
+        mend = "allowed with `read: file`: string, large_string"
+    elif is_binary(kind) or _is_bytes_and_path(kind):
+        return
+    else:
+        mend = "allowed: binary, large_binary, string, or a struct {bytes: binary, path: string}"
+    raise InputError(f"{uri}: column {field['from']!r} (corpus.fields.{name}.from) is {kind}; {mend}")
+
+
+def _is_bytes_and_path(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind):
+        return False
+    children = {child.name: child.type for child in kind.fields}
+    return "bytes" in children and is_binary(children["bytes"]) and is_text(children.get("path", pa.string()))
