@@ -13,8 +13,9 @@ RESERVED = frozenset({"shard", "row", "id", "group", "etag", *TIMESTAMPS})
 
 
 def timestamp_ns(value: object, where: str) -> int | None:
-    """Nanoseconds since 1970 UTC of an ISO 8601 text (UTC where it names no zone) or of whole nanoseconds, which may be a text too: of
-    nine digits or more, since eight are a date.
+    """Nanoseconds since 1970 UTC of an ISO 8601 text (UTC where it names no zone) or of whole nanoseconds.
+
+    Those may be a text of nine digits or more, as in a CSV; eight are a date.
     """
     if value is None or value == "":
         return None

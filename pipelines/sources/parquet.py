@@ -148,7 +148,7 @@ class Parquet(RowSource):
         for reference in references:
             # Where the file was longer, a row without an id says so.
             missing = Row({}, {}, b"", reference.uri, reference.offset, 0, self.place(reference))
-            yield found.pop((reference.uri, reference.offset), missing)
+            yield found.get((reference.uri, reference.offset), missing)
 
     def place(self, reference: SampleRef) -> str:
         """The file and the row, counted from 1."""

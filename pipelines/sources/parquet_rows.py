@@ -155,12 +155,21 @@ def _of_group(
         else:
             mine = wanted[np.searchsorted(wanted, begin) : np.searchsorted(wanted, after)]
             if len(mine):
-                yield Batch(group, mine.tolist(), batch.take(pa.array(mine - begin)))
+                yield Batch(group, mine.tolist(), _takeable(batch).take(pa.array(mine - begin)))
             if after > wanted[-1]:
                 return
         begin = after
     if begin != end:
         raise InputError(f"{uri}: row group {group} has another number of rows than the file says; write it again")
+
+
+def _takeable(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch without views of bytes and texts, which pyarrow cannot pick rows of."""
+    for number, kind in enumerate(batch.schema.types):
+        if pa.types.is_binary_view(kind) or pa.types.is_string_view(kind):
+            whole = pa.large_binary() if pa.types.is_binary_view(kind) else pa.large_string()
+            batch = batch.set_column(number, batch.schema.names[number], batch.column(number).cast(whole))
+    return batch
 
 
 def _batch_rows(file: pq.ParquetFile, group: int, columns: list[str]) -> int:
