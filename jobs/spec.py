@@ -107,7 +107,7 @@ class FieldSpec(_Node):
     """One field: its modality and where its values are in the source.
 
     `from` names a column of a manifest or a Parquet file. `read` says whether it holds the value itself (`inline`) or its
-    file's path (`file`); without it the source chooses.
+    file's path (`file`); without it a manifest's texts are inline and its other values files, and a Parquet file's all inline.
     """
 
     modality: Literal["text", "image", "audio"]

@@ -33,7 +33,8 @@ from featurestore.ids import IDS, Ids, hashes
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from featurestore.tombstones import CHANGED, GONE, SCHEMA, TOMBSTONES
-from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result, typed
+from pipelines.reference_blocks import packed, unpacked
+from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
 from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
 from pipelines.sources import SampleRef, Source, Value, open_source
 
@@ -43,8 +44,6 @@ _BATCH = 65_536
 
 NEW, SAME = "new", "same"
 """What a sample of the source is to the store; or CHANGED, of tombstones.py."""
-
-typed(SampleRef)
 
 
 class Ingest(NamedTuple):
@@ -216,19 +215,21 @@ def range_of(group: str, ranges: int) -> int:
 
 
 class _ReadNew(beam.DoFn):
-    """Yields (range, reference) for every sample that is new or changed."""
+    """Yields (range, block of references) for the samples that are new or changed."""
 
     def __init__(self, storage: str, corpus: str, ranges: int, version: int) -> None:
         self._storage, self._corpus, self._ranges, self._version = storage, corpus, ranges, version
 
-    def process(self, _: Any) -> Iterator[tuple[int, SampleRef]]:
+    def process(self, _: Any) -> Iterator[tuple[int, bytes]]:
         corpus = json.loads(self._corpus)
         catalog = Catalog(Storage.from_json(self._storage))
         stored = catalog.snapshot(self._version) if self._version >= 0 else Snapshot(catalog.storage, [], -1)
         known = Known(stored, corpus["name"])
-        for reference, state, _before in known.compare(open_source(corpus)):
-            if state != SAME:
-                yield range_of(reference.group, self._ranges), reference
+        yield from packed(
+            (range_of(reference.group, self._ranges), reference)
+            for reference, state, _before in known.compare(open_source(corpus))
+            if state != SAME
+        )
 
 
 class _Bury(beam.DoFn):
@@ -265,10 +266,10 @@ class _PlanRange(beam.DoFn):
     def __init__(self, storage: str, corpus: str, ingest: str) -> None:
         self._storage, self._corpus, self._ingest = storage, corpus, ingest
 
-    def process(self, element: tuple[int, Iterable[SampleRef]]) -> Iterator[tuple[int, ShardTask]]:
-        number, references = element
+    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, ShardTask]]:
+        number, blocks = element
         storage, corpus = Storage.from_json(self._storage), json.loads(self._corpus)
-        shards = cut(references, corpus["shard_rows"], corpus["shard_mb"] << 20)
+        shards = cut(unpacked(blocks), corpus["shard_rows"], corpus["shard_mb"] << 20)
         folder, stem = f"corpora/{corpus['name']}", f"{self._ingest}-{number:05d}"
         with storage.scratch() as scratch:
             local = scratch / "plan.parquet"
@@ -325,7 +326,7 @@ class Shard(beam.PTransform):
             begin
             | "Start" >> beam.Create([0])
             | "ReadReferences"
-            >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, SampleRef])
+            >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, bytes])
             | "GroupByRange" >> beam.GroupByKey()
             | "PlanShards"
             >> beam.ParDo(_PlanRange(*self._args, self._ingest.key)).with_output_types(tuple[int, ShardTask])

@@ -53,7 +53,9 @@ def bars() -> list[Bar]:
                 for part, what in (("plan", "planned"), ("shuffle", "planned, shuffled and cut")):
                     taken = parts[part]
                     of = f"{count:,} references of a {ending} {what}"
-                    found.append(at_most("corpora", f"{of}: bytes of memory each", taken["bytes_each"], MAX_BYTES, **taken))
+                    found.append(
+                        at_most("corpora", f"{of}: bytes of memory each", taken["bytes_each"], MAX_BYTES, **taken)
+                    )
                 if ending == "csv":
                     taken = parts["read"]
                     found.append(at_least("corpora", "rows of a CSV a second", taken["per_s"], MIN_ROWS_PER_S, **taken))
@@ -120,14 +122,19 @@ def _shuffle(spec: specs.Spec, count: int) -> int:
     with mock.patch.object(shard.ShardWork, "do", do):
         job.pipeline | shard.Shard(spec.store, corpus, ingest, snapshot.version)
         job.run()
-    plans = [each for each in spec.store.list("corpora/big/plans")]
+    plans = spec.store.list("corpora/big/plans")
     rows = sum(pq.ParquetFile(Path(spec.store.root, each)).metadata.num_rows for each in plans)
     if len(shards) < count // corpus["shard_rows"]:
         raise RuntimeError(f"{len(shards)} shards of {count} references")
     return rows
 
 
-PARTS: dict[str, Callable[[specs.Spec, int], int]] = {"write": _write, "read": _read, "plan": _plan, "shuffle": _shuffle}
+PARTS: dict[str, Callable[[specs.Spec, int], int]] = {
+    "write": _write,
+    "read": _read,
+    "plan": _plan,
+    "shuffle": _shuffle,
+}
 
 
 def _memory(what: str) -> int:
@@ -144,5 +151,10 @@ if __name__ == "__main__":
     seconds, peak = time.monotonic() - begun, _memory("VmHWM")
     if done != count:
         raise RuntimeError(f"{part}: {done} of {count} references")
-    measured = {"bytes_each": (peak - before) / count, "per_s": count / seconds, "peak_mb": peak / 1e6, "before_mb": before / 1e6}
+    measured = {
+        "bytes_each": (peak - before) / count,
+        "per_s": count / seconds,
+        "peak_mb": peak / 1e6,
+        "before_mb": before / 1e6,
+    }
     print(json.dumps({name: round(value, 1) for name, value in measured.items()}))
