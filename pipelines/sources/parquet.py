@@ -6,7 +6,8 @@ absolute, or URIs. A null, and an empty text or path, mean that the value is abs
 are left out; all others are kept.
 
 Planning reads no column of bytes: a sample's etag is of its other columns, its row's number, and its file's size and etag or
-time of change; the size of a value is the mean of its row group. A reference is a row's number, with length 0.
+time of change; the size of a value is its share of a mean row of its row group. (Of `{bytes, path}` it reads both where a row
+is small, so that files that such rows name are known to have changed.) A reference is a row's number, with length 0.
 
 The rows of a shard stand all over a file, so a worker reads each row group that holds one of them, once, and only the fields'
 and the kept columns. It keeps the shard's values on its disk while they are fetched; in memory are one page of each column and
@@ -30,11 +31,12 @@ from pipelines.sources.manifest import beside
 from pipelines.sources.parquet_rows import (
     Meanings,
     batches,
-    column_bytes,
     content,
+    holds_bytes,
     is_binary,
     is_text,
     parquet_file,
+    row_bytes,
     rows,
 )
 from pipelines.sources.rows import Row, RowSource, inline
@@ -43,6 +45,10 @@ from pipelines.sources.rows import Row, RowSource, inline
 def open_source(corpus: dict[str, Any]) -> Source:
     """The Parquet files that a corpus's `source.path` names."""
     return Parquet(corpus)
+
+
+_SMALL_ROW_BYTES = 2048
+"""Rows of `{bytes, path}` smaller than this are read whole when planned."""
 
 
 class _Spool:
@@ -105,15 +111,32 @@ class _Opened(NamedTuple):
     cells: dict[str, str]
     change: str
 
+    def whole(self, group: int) -> list[str]:
+        """What a worker reads."""
+        cells = {
+            each for name in self.cells.values() for each in ([f"{name}.bytes"] if self.is_struct(name) else [name])
+        }
+        return [*self.plain, *sorted(cells), *self._paths()]
+
+    def planned(self, group: int) -> list[str]:
+        """What planning reads."""
+        small = row_bytes(self.file, group) < _SMALL_ROW_BYTES
+        known = {f"{name}.bytes" for name in self.cells.values() if self.has_paths(name)} if small else ()
+        return [*self.plain, *sorted(known), *self._paths()]
+
+    def _paths(self) -> list[str]:
+        return sorted({f"{name}.path" for name in self.cells.values() if self.has_paths(name)})
+
     def is_struct(self, name: str) -> bool:
         return bool(pa.types.is_struct(self.file.schema_arrow.field(name).type))
 
-    def bytes_of(self, name: str) -> str:
-        return f"{name}.bytes" if self.is_struct(name) else name
+    def has_paths(self, name: str) -> bool:
+        return self.is_struct(name) and self.file.schema_arrow.field(name).type.get_field_index("path") >= 0
 
-    def paths_of(self, name: str) -> list[str]:
-        kind = self.file.schema_arrow.field(name).type
-        return [f"{name}.path"] if self.is_struct(name) and kind.get_field_index("path") >= 0 else []
+    def value_bytes(self, group: int) -> int:
+        """About how large a value is: columns of bytes share a row equally."""
+        sharing = sum(holds_bytes(kind) for kind in self.file.schema_arrow.types)
+        return row_bytes(self.file, group) // max(1, sharing)
 
 
 class Parquet(RowSource):
@@ -128,8 +151,7 @@ class Parquet(RowSource):
         for uri in expand(self.paths):
             with parquet_file(uri) as file:
                 opened = self._opened(uri, file)
-                paths = [path for name in {*opened.cells.values()} for path in opened.paths_of(name)]
-                for batch in batches(file, uri, [*opened.plain, *sorted(paths)], None):
+                for batch in batches(file, uri, opened.planned, None):
                     yield from self._rows(opened, batch, None)
 
     def read(self, references: Iterable[SampleRef]) -> Iterator[Row]:
@@ -140,10 +162,7 @@ class Parquet(RowSource):
             wanted = [reference.offset for reference in references if reference.uri == uri]
             with parquet_file(uri) as file:
                 opened = self._opened(uri, file)
-                cells = {
-                    each for name in opened.cells.values() for each in (opened.bytes_of(name), *opened.paths_of(name))
-                }
-                for batch in batches(file, uri, [*opened.plain, *sorted(cells)], wanted):
+                for batch in batches(file, uri, opened.whole, wanted):
                     found |= {(uri, row.offset): row for row in self._rows(opened, batch, spool)}
         for reference in references:
             # Where the file was longer, a row without an id says so.
@@ -201,7 +220,7 @@ class Parquet(RowSource):
 
     def _paths(self, opened: _Opened, batch: parquet_rows.Batch, name: str) -> list[str | None]:
         """What stands in the `path` of a column of `{bytes, path}`."""
-        if not opened.paths_of(name):
+        if not opened.has_paths(name):
             return [None] * len(batch.numbers)
         return parquet_rows.plain(pc.struct_field(batch.columns[name], "path"))
 
@@ -209,15 +228,16 @@ class Parquet(RowSource):
         self, opened: _Opened, batch: parquet_rows.Batch, name: str, paths: list[str | None], spool: _Spool | None
     ) -> list[Value | None]:
         """The values of a column of bytes, or of `{bytes, path}`."""
-        leaf, source = opened.bytes_of(name), posixpath.basename(opened.uri)
+        source, found = posixpath.basename(opened.uri), list[Value | None]()
+        column = _bytes_in(batch.columns, name)
         if spool is None:
-            if parquet_rows.is_empty(opened.file, batch.group, leaf):
-                return [_file(opened.uri, path) for path in paths]
-            size = column_bytes(opened.file, batch.group, leaf)
-            return [Cell(size, f"{opened.change},{number}", source) for number in batch.numbers]
-        column = batch.columns[name]
-        column = pc.struct_field(column, "bytes") if opened.is_struct(name) else column
-        found: list[Value | None] = []
+            size = opened.value_bytes(batch.group)
+            for place, number in enumerate(batch.numbers):
+                held = column is None or column[place].is_valid
+                cell = Cell(size, f"{opened.change},{number}", source)
+                found.append(cell if held else _file(opened.uri, paths[place]))
+            return found
+        assert column is not None
         for scalar, path in zip(column, paths, strict=True):
             if scalar.is_valid:
                 raw = scalar.as_buffer()
@@ -226,6 +246,14 @@ class Parquet(RowSource):
             else:
                 found.append(_file(opened.uri, path))
         return found
+
+
+def _bytes_in(columns: pa.RecordBatch, name: str) -> pa.Array | None:
+    """The bytes of a column of values, or of its structs; None where they were not read."""
+    column = columns[name] if name in columns.schema.names else None
+    if column is None or not pa.types.is_struct(column.type):
+        return column
+    return pc.struct_field(column, "bytes") if column.type.get_field_index("bytes") >= 0 else None
 
 
 def _file(uri: str, path: str | None) -> Value | None:

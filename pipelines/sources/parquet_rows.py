@@ -5,7 +5,7 @@ column, decompressed, and a batch of about `BATCH_BYTES`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ __all__ = [
     "holds_bytes",
     "parquet_file",
     "plain_columns",
+    "row_bytes",
     "rows",
 ]
 
@@ -93,7 +94,7 @@ class ParquetRows:
                         f"{uri}: column {name!r} is {file.schema_arrow.field(name).type}; a manifest's fields are texts or "
                         "paths: say `type: parquet` in corpus.source, which reads values out of columns"
                     )
-            for batch in batches(file, uri, names, wanted):
+            for batch in batches(file, uri, lambda _: names, wanted):
                 for number, columns in zip(batch.numbers, rows(batch, names, self._meanings), strict=True):
                     yield Record(columns, content(columns), number, 0, place(uri, number))
 
@@ -105,7 +106,7 @@ def parquet_file(uri: str) -> Iterator[pq.ParquetFile]:
         try:
             with pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
                 yield file
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{uri}: no Parquet file, or one that is cut off or broken: {' '.join(str(error).split())[:300]}; write it "
                 "again, or leave it out of corpus.source.path"
@@ -126,13 +127,15 @@ def plain_columns(file: pq.ParquetFile, uri: str, meanings: Meanings) -> list[st
     return [name for name in schema.names if not holds_bytes(schema.field(name).type)]
 
 
-def batches(file: pq.ParquetFile, uri: str, columns: list[str], wanted: Sequence[int] | None) -> Iterator[Batch]:
+def batches(
+    file: pq.ParquetFile, uri: str, columns: Callable[[int], list[str]], wanted: Sequence[int] | None
+) -> Iterator[Batch]:
     """All rows, or those of some numbers, in the file's order.
 
     Args:
         file: an open file.
         uri: what it is called.
-        columns: top-level columns, or `column.child` of a struct.
+        columns: of a row group, those to read: top-level columns, or `column.child` of a struct.
         wanted: numbers of rows, from 0, in any order; None: all.
     """
     numbers, first = None if wanted is None else np.unique(np.array(wanted, np.int64)), 0
@@ -140,7 +143,7 @@ def batches(file: pq.ParquetFile, uri: str, columns: list[str], wanted: Sequence
         end = first + file.metadata.row_group(group).num_rows
         here = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)] if numbers is not None else None
         if here is None or len(here):
-            yield from _of_group(file, uri, columns, (group, first, end), here)
+            yield from _of_group(file, uri, columns(group), (group, first, end), here)
         first = end
 
 
@@ -148,7 +151,8 @@ def _of_group(
     file: pq.ParquetFile, uri: str, columns: list[str], span: tuple[int, int, int], wanted: np.ndarray | None
 ) -> Iterator[Batch]:
     group, begin, end = span
-    for batch in file.iter_batches(_batch_rows(file, group, columns), [group], columns):
+    batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes(file, group))))
+    for batch in file.iter_batches(batch_rows, [group], columns):
         after = begin + len(batch)
         if wanted is None:
             yield Batch(group, list(range(begin, after)), batch)
@@ -172,31 +176,13 @@ def _takeable(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch
 
 
-def _batch_rows(file: pq.ParquetFile, group: int, columns: list[str]) -> int:
-    row_bytes = sum(column_bytes(file, group, column) for column in columns)
-    return int(max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes))))
+def row_bytes(file: pq.ParquetFile, group: int) -> int:
+    """About how many bytes a row of a row group has in all of its columns, as the file tells.
 
-
-def column_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
-    """About how many bytes a value of a column, or of a struct's child, has in a row group: as its footer tells."""
+    pyarrow tells a column's bytes too, and whether it is all nulls, but ends the process where a broken file has those wrong.
+    """
     meta = file.metadata.row_group(group)
-    size = sum(chunk.total_uncompressed_size for chunk in _chunks(meta, column))
-    return int(size // max(1, meta.num_rows))
-
-
-def is_empty(file: pq.ParquetFile, group: int, column: str) -> bool:
-    """Whether the footer tells that a column has nothing but nulls in a row group."""
-    meta = file.metadata.row_group(group)
-    counts = [
-        chunk.statistics and chunk.statistics.has_null_count and chunk.statistics.null_count
-        for chunk in _chunks(meta, column)
-    ]
-    return bool(counts) and all(count == meta.num_rows for count in counts)
-
-
-def _chunks(meta: pq.RowGroupMetaData, column: str) -> list[pq.ColumnChunkMetaData]:
-    chunks = [meta.column(number) for number in range(meta.num_columns)]
-    return [each for each in chunks if each.path_in_schema == column or each.path_in_schema.startswith(f"{column}.")]
+    return int(max(0, meta.total_byte_size) // max(1, meta.num_rows))
 
 
 def rows(batch: Batch, names: Sequence[str], meanings: Meanings) -> Iterator[dict[str, Any]]:

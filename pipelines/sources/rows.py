@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from featurestore.errors import InputError
+from featurestore.errors import DecodeError, InputError
 from featurestore.identity import check_id
 from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
-from pipelines.sources import Sample, SampleRef, Value
+from pipelines.sources import MAX_VALUE_BYTES, Sample, SampleRef, Value
 
 __all__ = ["InlineText", "Record", "Row", "RowSource"]
 
@@ -22,10 +22,12 @@ class InlineText(NamedTuple):
 
     def stat(self) -> tuple[int, str]:
         """Its size; it changes with its row."""
-        return len(self.fetch()), ""
+        return len(as_read(self.text)), ""
 
     def fetch(self) -> bytes:
-        """Its bytes as they stood in the source, valid UTF-8 or not."""
+        """Its bytes as they stood in the source, valid UTF-8 or not; DecodeError `too_large`."""
+        if len(self.text) > MAX_VALUE_BYTES:
+            raise DecodeError("too_large", f"{len(self.text)} characters; at most {MAX_VALUE_BYTES} bytes are allowed")
         return as_read(self.text)
 
 
