@@ -257,7 +257,7 @@ def plain(array: pa.Array, as_ns: bool = False) -> list[Any]:
             return [
                 None if value is None else json.loads(json.dumps(value, default=str)) for value in array.to_pylist()
             ]
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise pa.ArrowInvalid(f"a value of {kind} cannot be kept as JSON: {error}") from None
     return list(array.to_pylist())
 
