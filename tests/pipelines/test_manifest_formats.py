@@ -22,7 +22,6 @@ from featurestore.store import FeatureStore
 from featurestore.times import timestamp_ns
 from jobs import spec as specs
 from jobs.run import Runner
-from pipelines import shard
 from pipelines.sources import Sample, Source, open_source, text_rows
 from tests.planted import write_planted
 
@@ -104,7 +103,7 @@ def test_what_pythons_writer_wrote_is_read_again(
 )
 def test_what_is_no_row_is_told_by_its_line(tmp_path: Path, content: bytes, told: str) -> None:
     with pytest.raises(InputError, match=told):
-        shard.scan(written(tmp_path, content), {})
+        list(written(tmp_path, content).references())
 
 
 def test_a_row_is_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

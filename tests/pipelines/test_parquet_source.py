@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore.errors import DecodeError, InputError
-from pipelines import shard
 from pipelines.sources import Sample, Source, open_source, parquet, parquet_rows
 from pipelines.sources.files import opened
 
@@ -111,7 +110,7 @@ def test_a_column_of_a_wrong_type_is_told(
 ) -> None:
     path = written(tmp_path / "a.parquet", image=array)
     with pytest.raises(InputError, match=rf"{path}: column 'image' \(corpus\.fields\.picture\.from\) {told}"):
-        shard.scan(source_of(path, modality, read), {})
+        list(source_of(path, modality, read).references())
 
 
 def test_files_may_differ_in_their_columns(tmp_path: Path) -> None:
