@@ -110,12 +110,8 @@ class RowSource(ABC):
     def _reference(self, row: Row) -> SampleRef:
         sample_id, group = self._id_and_group(row)
         self._times(row)
-        self._columns |= row.columns.keys()
-        if clash := sorted(self._reserved & row.columns.keys()):
-            raise InputError(
-                f"{row.where}: column {clash[0]!r} would be kept beside Braid's own column of that name; rename it in the "
-                f"source, or say in the spec what it is, e.g. corpus.columns: {{group: group}}"
-            )
+        if not row.columns.keys() <= self._columns:
+            self._add_columns(row)
         digest, size = hashlib.sha256(row.content), 0
         for field, value in row.values.items():
             if value is not None:
@@ -125,6 +121,14 @@ class RowSource(ABC):
                 if changed:
                     digest.update(f"{value_bytes},{changed};".encode())
         return SampleRef(sample_id, group, digest.hexdigest()[:16], size, row.uri, row.offset, row.length)
+
+    def _add_columns(self, row: Row) -> None:
+        if clash := sorted(self._reserved & row.columns.keys()):
+            raise InputError(
+                f"{row.where}: column {clash[0]!r} would be kept beside Braid's own column of that name; rename it in the "
+                f"source, or say in the spec what it is, e.g. corpus.columns: {{group: group}}"
+            )
+        self._columns |= row.columns.keys()
 
     def _id_and_group(self, row: Row) -> tuple[str, str]:
         sample_id = check_id(row.columns.get(self._names["id"]), row.where)
