@@ -36,11 +36,13 @@ from featurestore.tombstones import CHANGED, GONE, SCHEMA, TOMBSTONES
 from pipelines.reference_blocks import packed, unpacked
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
 from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
-from pipelines.sources import SampleRef, Source, Value, open_source
+from pipelines.sources import Sample, SampleRef, Source, Value, open_source
 
 SHARDS_PER_RANGE = 32
 _BATCH = 65_536
 """References whose ids are looked up at once."""
+_AGAIN_BYTES = 512 << 20
+"""Of samples that may have changed, how many are read again at once."""
 
 NEW, SAME = "new", "same"
 """What a sample of the source is to the store; or CHANGED, of tombstones.py."""
@@ -91,8 +93,12 @@ class Known:
         references = source.references()
         while batch := list(itertools.islice(references, _BATCH)):
             found = self._ids.find(hashes([reference.id for reference in batch]))
-            for reference, first in zip(batch, found.tolist(), strict=True):
-                state = NEW if first < 0 else self._state(reference, first, source)
+            etags = hashes([reference.etag for reference in batch])
+            stored = np.flatnonzero(found >= 0)
+            touched = stored[self._gone[found[stored]] | (self._ids.etag[found[stored]] != etags[stored])]
+            again = _samples(source, [batch[place] for place in touched])
+            for reference, first, etag in zip(batch, found.tolist(), etags, strict=True):
+                state = NEW if first < 0 else self._state(reference, first, etag, again)
                 before = [] if first < 0 or state == SAME else self._ids.places(reference.id)
                 yield reference, state, " ".join(f"{shard}/{row}" for shard, row in sorted(before))
 
@@ -106,9 +112,9 @@ class Known:
         columns = [list(column) for column in zip(*sorted(rows), strict=True)] or [[]] * len(SCHEMA)
         return pa.table(columns, schema=SCHEMA)
 
-    def _state(self, reference: SampleRef, first: int, source: Source) -> str:
-        """Of the stored samples with the hash of this one's id, the one that it is."""
-        etag, place = np.uint64(hash64(reference.etag)), first
+    def _state(self, reference: SampleRef, first: int, etag: np.uint64, again: Iterator[Sample]) -> str:
+        """Of the stored samples with the hash of this one's id, the one that it is. `again` comes to its sample."""
+        place = first
         while place < len(self._ids) and self._ids.hash[place] == self._ids.hash[first]:
             if not self._gone[place]:
                 if self._ids.etag[place] == etag:
@@ -117,7 +123,8 @@ class Known:
                 shard, row = self._ids.shard(place), int(self._ids.rows[place])
                 if self._rows(shard)["id"][row].as_py() == reference.id:
                     self._seen[place] = True
-                    if self._same(self._rows(shard).slice(row, 1), reference, source):
+                    sample = next(each for each in again if each.id == reference.id)
+                    if self._same(self._rows(shard).slice(row, 1), sample):
                         return SAME
                     self._changed.append(place)
                     return CHANGED
@@ -128,10 +135,9 @@ class Known:
         assert self._corpus is not None
         return self._corpus.read(shard)
 
-    def _same(self, rows: pa.Table, reference: SampleRef, source: Source) -> bool:
+    def _same(self, rows: pa.Table, sample: Sample) -> bool:
         """Whether a stored sample has the columns and the values that the source gives now."""
         assert self._corpus is not None
-        (sample,) = source.samples([reference])
         times = [name for name in TIMESTAMPS if name in rows.column_names]
         stored = rows.drop_columns(times).to_pylist()[0]
         columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
@@ -147,6 +153,15 @@ class Known:
             and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
             and all(_same_value(stored[name], value) for name, value in sample.values.items())
         )
+
+
+def _samples(source: Source, references: list[SampleRef]) -> Iterator[Sample]:
+    """Samples read again in the source's order, about as many at once as a shard has bytes."""
+    for _, some in itertools.groupby(
+        zip(references, itertools.accumulate(each.bytes for each in references), strict=True),
+        key=lambda each: each[1] // _AGAIN_BYTES,
+    ):
+        yield from source.samples(reference for reference, _ in some)
 
 
 def scan(source: Source, known: Known) -> Ingest:

@@ -13,8 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from featurestore.errors import DecodeError, InputError
+from jobs import plan
+from jobs import spec as specs
+from jobs.run import Runner
 from pipelines.sources import Sample, Source, open_source, parquet, parquet_rows
 from pipelines.sources.files import opened
 
@@ -256,6 +260,35 @@ def test_a_file_that_changed_since_planning_is_told(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["s0"], "image": [b"b"]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"a\.parquet, row 2: found '' where planning saw 's1'"):
         list(source.samples(references))
+
+
+SPEC = """
+version: 1
+store: {{uri: {folder}/store}}
+corpus:
+  name: pictures
+  source: {{type: parquet, path: {folder}/a.parquet}}
+  fields: {{text: {{modality: text, from: text}}}}
+  shard_rows: 8
+"""
+
+
+def test_a_file_that_was_only_touched_is_read_again_once_and_changes_nothing(tmp_path: Path, counts: list[int]) -> None:
+    texts = [f"text {n} ".encode() * 10_000 for n in range(40)]
+    written(tmp_path / "a.parquet", text=texts, row_group_size=4)
+    spec = specs.parse(SPEC.format(folder=tmp_path), "spec")
+    Runner(spec, Console(quiet=True)).run(("shard",))
+    snapshot = plan.open_catalog(spec.store)
+    os.utime(tmp_path / "a.parquet", ns=(1, 1))
+    counts.clear()
+    found = plan.ingest(spec, snapshot)
+    assert (found.samples, found.known, found.changed, found.gone) == (0, 40, 0, 0)
+    size = (tmp_path / "a.parquet").stat().st_size
+    assert size / 2 < sum(counts) < 2 * size
+    texts[7], texts[33] = texts[33], texts[7]
+    written(tmp_path / "a.parquet", text=texts, row_group_size=4)
+    found = plan.ingest(spec, snapshot)
+    assert (found.samples, found.known, found.changed, found.gone) == (2, 38, 2, 0)
 
 
 @pytest.mark.parametrize("cut", [1, 8, 300, -1])
