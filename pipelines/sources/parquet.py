@@ -14,9 +14,8 @@ and the kept columns. It keeps the shard's values on its disk while they are fet
 a batch of rows of about 16 MB, or one row where that is larger.
 """
 
-import os
+import json
 import posixpath
-import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,12 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurestore.errors import InputError, StoreError
+from featurestore.errors import InputError
 from pipelines.sources import MAX_VALUE_BYTES, SampleRef, Source, Value, parquet_rows
 from pipelines.sources.files import FileValue, change_of, expand, filesystem, too_large
 from pipelines.sources.manifest import beside
 from pipelines.sources.parquet_rows import (
     Meanings,
+    Spool,
     batches,
     content,
     holds_bytes,
@@ -51,42 +51,13 @@ _SMALL_ROW_BYTES = 2048
 """Rows of `{bytes, path}` smaller than this are read whole when planned."""
 
 
-class _Spool:
-    """Values of a shard on this machine's disk, for as long as one of them may be fetched."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        self._size = 0
-
-    def __del__(self) -> None:
-        self._file.close()
-
-    def add(self, raw: pa.Buffer) -> int:
-        """Takes a value; returns its offset."""
-        offset, left = self._size, memoryview(raw)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            raise StoreError(
-                f"{tempfile.gettempdir()} cannot hold the values of a shard: {error.strerror}; make room, name another folder "
-                "in TMPDIR, or make shards smaller (corpus.shard_mb)"
-            ) from error
-        self._size += len(raw)
-        return offset
-
-    def read(self, offset: int, size: int) -> bytes:
-        """A value again; from any thread."""
-        return os.pread(self._file.fileno(), size, offset)
-
-
 class Cell(NamedTuple):
     """A value that stands in a column. Planning knows its `size` roughly, and has not read it: `spool` is None."""
 
     size: int
     change: str
     source: str
-    spool: _Spool | None = None
+    spool: Spool | None = None
     offset: int = 0
 
     def stat(self) -> tuple[int, str]:
@@ -152,22 +123,32 @@ class Parquet(RowSource):
             with parquet_file(uri) as file:
                 opened = self._opened(uri, file)
                 for batch in batches(file, uri, opened.planned, None):
-                    yield from self._rows(opened, batch, None)
+                    for row in self._rows(opened, batch, None):
+                        yield self._with_texts(row)
 
     def read(self, references: Iterable[SampleRef]) -> Iterator[Row]:
         """Some rows again, in the order given: each file is read once, before the first is given."""
-        references, spool = list(references), _Spool()
-        found: dict[tuple[str, int], Row] = {}
+        references, spool = list(references), Spool()
+        found: dict[tuple[str, int], tuple[Row, int, int]] = {}
         for uri in sorted({reference.uri for reference in references}):
             wanted = [reference.offset for reference in references if reference.uri == uri]
             with parquet_file(uri) as file:
                 opened = self._opened(uri, file)
                 for batch in batches(file, uri, opened.whole, wanted):
-                    found |= {(uri, row.offset): row for row in self._rows(opened, batch, spool)}
+                    for row in self._rows(opened, batch, spool):
+                        found[uri, row.offset] = (
+                            row._replace(columns={}, content=b""),
+                            spool.add(row.content),
+                            len(row.content),
+                        )
         for reference in references:
-            # Where the file was longer, a row without an id says so.
-            missing = Row({}, {}, b"", reference.uri, reference.offset, 0, self.place(reference))
-            yield found.get((reference.uri, reference.offset), missing)
+            place = reference.uri, reference.offset
+            if place in found:
+                row, offset, size = found[place]
+                yield self._with_texts(row._replace(columns=json.loads(spool.read(offset, size))))
+            else:
+                # The file was longer: a row without an id says so.
+                yield Row({}, {}, b"", *place, 0, self.place(reference))
 
     def place(self, reference: SampleRef) -> str:
         """The file and the row, counted from 1."""
@@ -185,21 +166,18 @@ class Parquet(RowSource):
         info = fs.info(path)
         return _Opened(uri, file, plain, cells, f"{info.get('size')},{change_of(info)}")
 
-    def _rows(self, opened: _Opened, batch: parquet_rows.Batch, spool: _Spool | None) -> Iterator[Row]:
-        """A batch's rows; into the spool goes what they hold of bytes."""
+    def _rows(self, opened: _Opened, batch: parquet_rows.Batch, spool: Spool | None) -> Iterator[Row]:
+        """A batch's rows, without the values of texts and paths; into the spool go those of bytes."""
         paths = {name: self._paths(opened, batch, name) for name in {*opened.cells.values()}}
-        values = {
-            name: self._cells(opened, batch, opened.cells[name], paths[opened.cells[name]], spool)
-            if name in opened.cells
-            else self._texts(opened, batch, field)
-            for name, field in self.fields.items()
+        cells = {
+            name: self._cells(opened, batch, column, paths[column], spool) for name, column in opened.cells.items()
         }
         for place, columns in enumerate(rows(batch, opened.plain, self._meanings)):
             number = batch.numbers[place]
-            named = {f"{name}.path": column[place] for name, column in paths.items()}
+            named = {f"{name}.path": column[place] for name, column in paths.items()} if spool is None else {}
             yield Row(
                 columns,
-                {name: column[place] for name, column in values.items()},
+                {name: column[place] for name, column in cells.items()},
                 content(columns | named),
                 opened.uri,
                 number,
@@ -207,16 +185,18 @@ class Parquet(RowSource):
                 parquet_rows.place(opened.uri, number),
             )
 
-    def _texts(self, opened: _Opened, batch: parquet_rows.Batch, field: dict[str, Any]) -> list[Value | None]:
-        """The values of a column of texts or paths; none where the file has no such column."""
-        name = field["from"]
-        if name not in opened.plain:
-            return [None] * len(batch.numbers)
-        texts = parquet_rows.plain(batch.columns[name])
-        if field["read"] == "file":
-            return [_file(opened.uri, text) for text in texts]
-        source = posixpath.basename(opened.uri)
-        return [inline(text, source) if text else None for text in texts]
+    def _with_texts(self, row: Row) -> Row:
+        """A row with the values of columns of texts and of paths too."""
+        values: dict[str, Value | None] = {}
+        for name, field in self.fields.items():
+            text = row.columns.get(field["from"])
+            if name in row.values:
+                values[name] = row.values[name]
+            elif field["read"] == "file":
+                values[name] = _file(row.uri, text)
+            else:
+                values[name] = inline(text, posixpath.basename(row.uri)) if text else None
+        return row._replace(values=values)
 
     def _paths(self, opened: _Opened, batch: parquet_rows.Batch, name: str) -> list[str | None]:
         """What stands in the `path` of a column of `{bytes, path}`."""
@@ -225,7 +205,7 @@ class Parquet(RowSource):
         return parquet_rows.plain(pc.struct_field(batch.columns[name], "path"))
 
     def _cells(
-        self, opened: _Opened, batch: parquet_rows.Batch, name: str, paths: list[str | None], spool: _Spool | None
+        self, opened: _Opened, batch: parquet_rows.Batch, name: str, paths: list[str | None], spool: Spool | None
     ) -> list[Value | None]:
         """The values of a column of bytes, or of `{bytes, path}`."""
         source, found = posixpath.basename(opened.uri), list[Value | None]()

@@ -5,6 +5,8 @@ column, decompressed, and a batch of about `BATCH_BYTES`.
 """
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurestore.errors import InputError
+from featurestore.errors import InputError, StoreError
 from featurestore.times import TIMESTAMPS
 from pipelines.sources.files import opened
 from pipelines.sources.rows import Record
@@ -23,6 +25,7 @@ __all__ = [
     "Batch",
     "Meanings",
     "ParquetRows",
+    "Spool",
     "batches",
     "content",
     "holds_bytes",
@@ -60,6 +63,35 @@ class Batch(NamedTuple):
     columns: pa.RecordBatch
 
 
+class Spool:
+    """What a shard has of bytes on this machine's disk, for as long as one of them may be fetched."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._size = 0
+
+    def __del__(self) -> None:
+        self._file.close()
+
+    def add(self, raw: pa.Buffer | bytes) -> int:
+        """Takes a value; returns its offset."""
+        offset, left = self._size, memoryview(raw)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise StoreError(
+                f"{tempfile.gettempdir()} cannot hold the values of a shard: {error.strerror}; make room, name another folder "
+                "in TMPDIR, or make shards smaller (corpus.shard_mb)"
+            ) from error
+        self._size += len(raw)
+        return offset
+
+    def read(self, offset: int, size: int) -> bytes:
+        """A value again; from any thread."""
+        return os.pread(self._file.fileno(), size, offset)
+
+
 class ParquetRows:
     """A manifest in Parquet: one row a sample, of texts, numbers, truths, times and what is nested of them.
 
@@ -76,10 +108,13 @@ class ParquetRows:
     def reread(self, uri: str, places: Sequence[tuple[int, int]]) -> Iterator[Record]:
         """The rows whose numbers are the places' offsets again, in the order given."""
         numbers = [offset for offset, _ in places]
-        found = {record.offset: record for record in self._records(uri, numbers)}
+        spool, found = Spool(), dict[int, tuple[int, int]]()
+        for record in self._records(uri, numbers):
+            found[record.offset] = spool.add(record.content), len(record.content)
         for number in numbers:
-            # The file was longer: a row without an id says so.
-            yield found.get(number) or Record({}, b"", number, 0, place(uri, number))
+            # Where the file was longer, a row without an id says so.
+            row = spool.read(*found[number]) if number in found else b"{}"
+            yield Record(json.loads(row), row, number, 0, place(uri, number))
 
     def place(self, uri: str, offset: int) -> str:
         """The file and the row, counted from 1."""
