@@ -1,8 +1,9 @@
 """Stage 1: cut a corpus into immutable shards.
 
-References (about 200 bytes a sample) are grouped by a coarse range of hash(group): the job's one shuffle of samples. Each
-range is sorted by (hash(group), group, id) and cut when rows or bytes would overflow; rows inside a shard stand in the order
-of their ids. The cuts are written to the store as a plan, one row group per shard, and only descriptors of them travel on.
+References (about 200 bytes a sample) are grouped by a coarse range of hash(group): the job's one shuffle of samples, which
+some references of a range cross together. Each range is sorted by (hash(group), group, id) and cut when rows or bytes would
+overflow; rows inside a shard stand in the order of their ids. The cuts are written to the store as a plan, one row group per
+shard, and only descriptors of them travel on.
 A worker then fetches a shard's values, checks them, and writes its tar first and its rows second: the second means done.
 
 A sample that changed is a tombstone for the old row and a row in the new ingest; one that is gone is a tombstone. What was
