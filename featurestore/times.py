@@ -1,6 +1,7 @@
 """Times: int64 nanoseconds since 1970 UTC, everywhere; and the names of the columns that Braid keeps for itself."""
 
 import datetime
+import re
 
 from featurestore.errors import InputError
 
@@ -12,11 +13,16 @@ RESERVED = frozenset({"shard", "row", "id", "group", "etag", *TIMESTAMPS})
 
 
 def timestamp_ns(value: object, where: str) -> int | None:
-    """Nanoseconds since 1970 UTC of an ISO 8601 text (UTC where it names no zone) or of whole nanoseconds."""
+    """Nanoseconds since 1970 UTC of an ISO 8601 text (UTC where it names no zone) or of whole nanoseconds.
+
+    Those may be a text of nine digits or more, as in a CSV; eight are a date.
+    """
     if value is None or value == "":
         return None
     if isinstance(value, int) and not isinstance(value, bool):
         return value
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{9,19}", value):
+        return int(value)
     try:
         moment = datetime.datetime.fromisoformat(str(value))
     except ValueError:

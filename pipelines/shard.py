@@ -1,8 +1,9 @@
 """Stage 1: cut a corpus into immutable shards.
 
-References (about 200 bytes a sample) are grouped by a coarse range of hash(group): the job's one shuffle of samples. Each
-range is sorted by (hash(group), group, id) and cut when rows or bytes would overflow; rows inside a shard stand in the order
-of their ids. The cuts are written to the store as a plan, one row group per shard, and only descriptors of them travel on.
+References (about 200 bytes a sample) are grouped by a coarse range of hash(group): the job's one shuffle of samples, which
+some references of a range cross together. Each range is sorted by (hash(group), group, id) and cut when rows or bytes would
+overflow; rows inside a shard stand in the order of their ids. The cuts are written to the store as a plan, one row group per
+shard, and only descriptors of them travel on.
 A worker then fetches a shard's values, checks them, and writes its tar first and its rows second: the second means done.
 
 A sample that changed is a tombstone for the old row and a row in the new ingest; one that is gone is a tombstone. What was
@@ -33,18 +34,19 @@ from featurestore.ids import IDS, Ids, hashes
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from featurestore.tombstones import CHANGED, GONE, SCHEMA, TOMBSTONES
-from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result, typed
+from pipelines.reference_blocks import packed, unpacked
+from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
 from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
-from pipelines.sources import SampleRef, Source, Value, open_source
+from pipelines.sources import Sample, SampleRef, Source, Value, open_source
 
 SHARDS_PER_RANGE = 32
 _BATCH = 65_536
 """References whose ids are looked up at once."""
+_AGAIN_BYTES = 512 << 20
+"""Of samples that may have changed, how many are read again at once."""
 
 NEW, SAME = "new", "same"
 """What a sample of the source is to the store; or CHANGED, of tombstones.py."""
-
-typed(SampleRef)
 
 
 class Ingest(NamedTuple):
@@ -92,8 +94,12 @@ class Known:
         references = source.references()
         while batch := list(itertools.islice(references, _BATCH)):
             found = self._ids.find(hashes([reference.id for reference in batch]))
-            for reference, first in zip(batch, found.tolist(), strict=True):
-                state = NEW if first < 0 else self._state(reference, first, source)
+            etags = hashes([reference.etag for reference in batch])
+            stored = np.flatnonzero(found >= 0)
+            touched = stored[self._gone[found[stored]] | (self._ids.etag[found[stored]] != etags[stored])]
+            again = _samples(source, [batch[place] for place in touched])
+            for reference, first, etag in zip(batch, found.tolist(), etags, strict=True):
+                state = NEW if first < 0 else self._state(reference, first, etag, again)
                 before = [] if first < 0 or state == SAME else self._ids.places(reference.id)
                 yield reference, state, " ".join(f"{shard}/{row}" for shard, row in sorted(before))
 
@@ -107,9 +113,9 @@ class Known:
         columns = [list(column) for column in zip(*sorted(rows), strict=True)] or [[]] * len(SCHEMA)
         return pa.table(columns, schema=SCHEMA)
 
-    def _state(self, reference: SampleRef, first: int, source: Source) -> str:
-        """Of the stored samples with the hash of this one's id, the one that it is."""
-        etag, place = np.uint64(hash64(reference.etag)), first
+    def _state(self, reference: SampleRef, first: int, etag: np.uint64, again: Iterator[Sample]) -> str:
+        """Of the stored samples with the hash of this one's id, the one that it is. `again` comes to its sample."""
+        place = first
         while place < len(self._ids) and self._ids.hash[place] == self._ids.hash[first]:
             if not self._gone[place]:
                 if self._ids.etag[place] == etag:
@@ -118,7 +124,8 @@ class Known:
                 shard, row = self._ids.shard(place), int(self._ids.rows[place])
                 if self._rows(shard)["id"][row].as_py() == reference.id:
                     self._seen[place] = True
-                    if self._same(self._rows(shard).slice(row, 1), reference, source):
+                    sample = next(each for each in again if each.id == reference.id)
+                    if self._same(self._rows(shard).slice(row, 1), sample):
                         return SAME
                     self._changed.append(place)
                     return CHANGED
@@ -129,10 +136,9 @@ class Known:
         assert self._corpus is not None
         return self._corpus.read(shard)
 
-    def _same(self, rows: pa.Table, reference: SampleRef, source: Source) -> bool:
+    def _same(self, rows: pa.Table, sample: Sample) -> bool:
         """Whether a stored sample has the columns and the values that the source gives now."""
         assert self._corpus is not None
-        (sample,) = source.samples([reference])
         times = [name for name in TIMESTAMPS if name in rows.column_names]
         stored = rows.drop_columns(times).to_pylist()[0]
         columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
@@ -148,6 +154,15 @@ class Known:
             and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
             and all(_same_value(stored[name], value) for name, value in sample.values.items())
         )
+
+
+def _samples(source: Source, references: list[SampleRef]) -> Iterator[Sample]:
+    """Samples read again in the source's order, about as many at once as a shard has bytes."""
+    for _, some in itertools.groupby(
+        zip(references, itertools.accumulate(each.bytes for each in references), strict=True),
+        key=lambda each: each[1] // _AGAIN_BYTES,
+    ):
+        yield from source.samples(reference for reference, _ in some)
 
 
 def scan(source: Source, known: Known) -> Ingest:
@@ -216,19 +231,21 @@ def range_of(group: str, ranges: int) -> int:
 
 
 class _ReadNew(beam.DoFn):
-    """Yields (range, reference) for every sample that is new or changed."""
+    """Yields (range, block of references) for the samples that are new or changed."""
 
     def __init__(self, storage: str, corpus: str, ranges: int, version: int) -> None:
         self._storage, self._corpus, self._ranges, self._version = storage, corpus, ranges, version
 
-    def process(self, _: Any) -> Iterator[tuple[int, SampleRef]]:
+    def process(self, _: Any) -> Iterator[tuple[int, bytes]]:
         corpus = json.loads(self._corpus)
         catalog = Catalog(Storage.from_json(self._storage))
         stored = catalog.snapshot(self._version) if self._version >= 0 else Snapshot(catalog.storage, [], -1)
         known = Known(stored, corpus["name"])
-        for reference, state, _before in known.compare(open_source(corpus)):
-            if state != SAME:
-                yield range_of(reference.group, self._ranges), reference
+        yield from packed(
+            (range_of(reference.group, self._ranges), reference)
+            for reference, state, _before in known.compare(open_source(corpus))
+            if state != SAME
+        )
 
 
 class _Bury(beam.DoFn):
@@ -265,10 +282,10 @@ class _PlanRange(beam.DoFn):
     def __init__(self, storage: str, corpus: str, ingest: str) -> None:
         self._storage, self._corpus, self._ingest = storage, corpus, ingest
 
-    def process(self, element: tuple[int, Iterable[SampleRef]]) -> Iterator[tuple[int, ShardTask]]:
-        number, references = element
+    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, ShardTask]]:
+        number, blocks = element
         storage, corpus = Storage.from_json(self._storage), json.loads(self._corpus)
-        shards = cut(references, corpus["shard_rows"], corpus["shard_mb"] << 20)
+        shards = cut(unpacked(blocks), corpus["shard_rows"], corpus["shard_mb"] << 20)
         folder, stem = f"corpora/{corpus['name']}", f"{self._ingest}-{number:05d}"
         with storage.scratch() as scratch:
             local = scratch / "plan.parquet"
@@ -325,7 +342,7 @@ class Shard(beam.PTransform):
             begin
             | "Start" >> beam.Create([0])
             | "ReadReferences"
-            >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, SampleRef])
+            >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, bytes])
             | "GroupByRange" >> beam.GroupByKey()
             | "PlanShards"
             >> beam.ParDo(_PlanRange(*self._args, self._ingest.key)).with_output_types(tuple[int, ShardTask])

@@ -1,22 +1,39 @@
-"""Manifests: JSON Lines, one sample a line, with paths or inline text per field, plus labels and columns.
+"""Manifests: one sample a row, with paths or inline text per field, plus labels and columns.
 
-A byte order mark is no part of it. Paths are relative to the manifest's own folder, or absolute, or URIs. `null`, an absent
-key and `""` mean that the value is absent. Bytes that are not UTF-8 spoil only the value they stand in: they reach
-quarantine as they are.
+A file's ending says what it is: JSON Lines (.jsonl, .ndjson, .json); a table of cells under a line of names (.csv, .tsv), whose
+values are all texts; or Parquet (.parquet). Paths are relative to the manifest's own folder, or absolute, or URIs. `null`, an
+absent key or cell and `""` mean that the value is absent. Bytes that are not UTF-8 spoil only the value they stand in: they
+reach quarantine as they are.
 """
 
-import codecs
-import json
 import posixpath
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 from featurestore.errors import InputError
 from pipelines.sources import SampleRef, Source, Value
-from pipelines.sources.files import FileValue, expand, filesystem, opened
-from pipelines.sources.rows import Row, RowSource, inline
+from pipelines.sources.files import FileValue, expand, filesystem
+from pipelines.sources.parquet_rows import ParquetRows
+from pipelines.sources.rows import Record, Row, RowSource, inline
+from pipelines.sources.text_rows import Delimited, JsonLines
 
-MAX_LINE_BYTES = 16 << 20
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+
+
+class Format(Protocol):
+    """How the rows of a file are read. InputError names the place of what is wrong."""
+
+    def records(self, uri: str) -> Iterator[Record]:
+        """Every row."""
+        ...
+
+    def reread(self, uri: str, places: Sequence[tuple[int, int]]) -> Iterator[Record]:
+        """The rows at some (offset, length) again, in the order given; one without columns where another stands there now."""
+        ...
+
+    def place(self, uri: str, offset: int) -> str:
+        """Where a person finds a row."""
+        ...
 
 
 def open_source(corpus: dict[str, Any]) -> Source:
@@ -25,58 +42,59 @@ def open_source(corpus: dict[str, Any]) -> Source:
 
 
 class Manifest(RowSource):
-    """JSONL files."""
+    """Files of rows, of one format or several."""
 
     def __init__(self, corpus: dict[str, Any]) -> None:
-        super().__init__(corpus, (field["from"] for field in corpus["fields"].values()))
+        fields = [field["from"] for field in corpus["fields"].values()]
+        super().__init__(corpus, fields)
+        json_lines = JsonLines()
+        self._formats: dict[str, Format] = {
+            ".jsonl": json_lines,
+            ".ndjson": json_lines,
+            ".json": json_lines,
+            ".csv": Delimited(","),
+            ".tsv": Delimited("\t"),
+            ".parquet": ParquetRows(corpus["columns"], fields),
+        }
 
     def rows(self) -> Iterator[Row]:
-        """Every line; InputError names the line of one that is no JSON object."""
+        """Every row of every file."""
         for uri in expand(self.paths):
-            with opened(uri, "manifest") as file:
-                offset = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
-                file.seek(offset)
-                for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-                    where = f"{uri}, line {number}"
-                    if len(line) > MAX_LINE_BYTES:
-                        raise InputError(
-                            f"{where}: longer than {MAX_LINE_BYTES} bytes; put large texts in files (read: file)"
-                        )
-                    if line.strip():
-                        yield self._row(line, uri, offset, where)
-                    offset += len(line)
+            for record in self._format(uri).records(uri):
+                yield self._row(uri, record)
 
     def read(self, references: Iterable[SampleRef]) -> Iterator[Row]:
-        """Some lines again."""
-        files: dict[str, Any] = {}
-        try:
-            for reference in references:
-                uri = reference.uri
-                if uri not in files:
-                    files[uri] = opened(uri, "manifest")
-                files[uri].seek(reference.offset)
-                line = files[uri].read(reference.length)
-                where = f"{uri}, byte {reference.offset}"
-                try:
-                    yield self._row(line, uri, reference.offset, where)
-                except InputError:
-                    # Another line stands there now: a row without an id says so.
-                    yield Row({}, {}, line, uri, reference.offset, reference.length, where)
-        finally:
-            for file in files.values():
-                file.close()
+        """Some rows again."""
+        references = list(references)
+        places: dict[str, list[tuple[int, int]]] = {}
+        for reference in references:
+            places.setdefault(reference.uri, []).append((reference.offset, reference.length))
+        records = {uri: self._format(uri).reread(uri, own) for uri, own in places.items()}
+        for reference in references:
+            yield self._row(reference.uri, next(records[reference.uri]))
 
     def place(self, reference: SampleRef) -> str:
-        """The manifest and the line, counted by reading up to it."""
-        number, left = 1, reference.offset
-        with opened(reference.uri, "manifest") as file:
-            while block := file.read(min(left, MAX_LINE_BYTES)):
-                number, left = number + block.count(b"\n"), left - len(block)
-        return f"{reference.uri}, line {number}"
+        """The file and the line, or the row."""
+        return self._format(reference.uri).place(reference.uri, reference.offset)
 
-    def _row(self, line: bytes, uri: str, offset: int, where: str) -> Row:
-        columns = _parse(line, where)
-        return Row(columns, self._values(columns, uri), line.strip(), uri, offset, len(line), where)
+    def _format(self, uri: str) -> Format:
+        path = uri.partition("?")[0] if uri.startswith(("http://", "https://")) else uri
+        ending = posixpath.splitext(path)[1].lower()
+        if ending in COMPRESSED:
+            raise InputError(
+                f"{uri}: compressed manifests are not read, because a row could not be found again without reading all before "
+                "it; unpack it, or convert it to Parquet, which is compressed inside"
+            )
+        if ending not in self._formats:
+            raise InputError(
+                f"{uri}: {ending or 'no ending'!r} does not say what this manifest is; allowed: {', '.join(self._formats)}; "
+                "rename it, or correct corpus.source.path"
+            )
+        return self._formats[ending]
+
+    def _row(self, uri: str, record: Record) -> Row:
+        columns, content, offset, length, where = record
+        return Row(columns, self._values(columns, uri), content, uri, offset, length, where)
 
     def _values(self, columns: dict[str, Any], uri: str) -> dict[str, Value | None]:
         values: dict[str, Value | None] = {}
@@ -97,16 +115,3 @@ def beside(uri: str, path: str) -> str:
         return path
     fs, own = filesystem(uri)
     return str(fs.unstrip_protocol(path if path.startswith("/") else posixpath.join(posixpath.dirname(own), path)))
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    text = line.decode("utf-8", "surrogateescape").strip()
-    mend = 'a manifest is JSON Lines in UTF-8, one object a line, e.g. {"id": "a/1", "file": "a/1.jpg"}'
-    if not text.startswith("{"):
-        shown = repr(text[:60].encode("utf-8", "replace").decode())
-        raise InputError(f"{where}: {shown} is no JSON object; {mend}; convert a CSV, a JSON array or UTF-16 first")
-    try:
-        row: dict[str, Any] = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}; {mend}: correct the line") from None
-    return row

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from featurestore.errors import InputError
+from featurestore.errors import DecodeError, InputError
 from featurestore.identity import check_id
 from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
-from pipelines.sources import Sample, SampleRef, Value
+from pipelines.sources import MAX_VALUE_BYTES, Sample, SampleRef, Value
 
-__all__ = ["InlineText", "Row", "RowSource"]
+__all__ = ["InlineText", "Record", "Row", "RowSource"]
 
 
 class InlineText(NamedTuple):
@@ -22,11 +22,23 @@ class InlineText(NamedTuple):
 
     def stat(self) -> tuple[int, str]:
         """Its size; it changes with its row."""
-        return len(self.fetch()), ""
+        return len(as_read(self.text)), ""
 
     def fetch(self) -> bytes:
-        """Its bytes as they stood in the source, valid UTF-8 or not."""
+        """Its bytes as they stood in the source, valid UTF-8 or not; DecodeError `too_large`."""
+        if len(self.text) > MAX_VALUE_BYTES:
+            raise DecodeError("too_large", f"{len(self.text)} characters; at most {MAX_VALUE_BYTES} bytes are allowed")
         return as_read(self.text)
+
+
+class Record(NamedTuple):
+    """A row as a file has it: Row without what its columns mean to fields."""
+
+    columns: dict[str, Any]
+    content: bytes
+    offset: int
+    length: int
+    where: str
 
 
 class Row(NamedTuple):
@@ -98,12 +110,8 @@ class RowSource(ABC):
     def _reference(self, row: Row) -> SampleRef:
         sample_id, group = self._id_and_group(row)
         self._times(row)
-        self._columns |= row.columns.keys()
-        if clash := sorted(self._reserved & row.columns.keys()):
-            raise InputError(
-                f"{row.where}: column {clash[0]!r} would be kept beside Braid's own column of that name; rename it in the "
-                f"source, or say in the spec what it is, e.g. corpus.columns: {{group: group}}"
-            )
+        if not row.columns.keys() <= self._columns:
+            self._add_columns(row)
         digest, size = hashlib.sha256(row.content), 0
         # By name, because workers get a spec's fields in another order than planning does.
         for field, value in sorted(row.values.items()):
@@ -114,6 +122,14 @@ class RowSource(ABC):
                 if changed:
                     digest.update(f"{value_bytes},{changed};".encode())
         return SampleRef(sample_id, group, digest.hexdigest()[:16], size, row.uri, row.offset, row.length)
+
+    def _add_columns(self, row: Row) -> None:
+        if clash := sorted(self._reserved & row.columns.keys()):
+            raise InputError(
+                f"{row.where}: column {clash[0]!r} would be kept beside Braid's own column of that name; rename it in the "
+                f"source, or say in the spec what it is, e.g. corpus.columns: {{group: group}}"
+            )
+        self._columns |= row.columns.keys()
 
     def _id_and_group(self, row: Row) -> tuple[str, str]:
         sample_id = check_id(row.columns.get(self._names["id"]), row.where)

@@ -53,7 +53,7 @@ def test_a_byte_order_mark_and_line_ends_are_no_part_of_a_sample(tmp_path: Path,
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"id,title\ns0,a\n", r"m\.jsonl, line 1: 'id,title' is no JSON object; .* JSON Lines .*convert a CSV"),
+        (b"id,title\ns0,a\n", r"m\.jsonl, line 1: 'id,title' is no JSON object; .* JSON Lines .*name a CSV \.csv"),
         (BOM + b"id,title\n", r"line 1: 'id,title' is no JSON object"),
         (b'[{"id": "s0"}]', r"line 1: '\[\{\"id\": \"s0\"\}\]' is no JSON object; .*a JSON array"),
         (b"\xff\xfe" + '{"id": "s0"}'.encode("utf-16-le"), r"line 1: '\?\?\{.* is no JSON object; .*UTF-16 first"),
