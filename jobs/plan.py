@@ -69,7 +69,13 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
     if not found.samples + found.known:
         raise InputError(f"{_path(spec)} holds no samples; name another one in corpus.source.path")
     _check_columns(spec, source)
-    return found
+    remarks = tuple(source.remarks())
+    if found.gone and not source.whole():
+        raise InputError(
+            f"corpus {name!r}: {counted(found.gone, 'stored sample')} would be removed for not being in {_path(spec)} now, "
+            f"whose files are not whole ({'; '.join(remarks)}): bring them whole, or store them under another corpus"
+        )
+    return found._replace(remarks=remarks)
 
 
 def _check_settings(snapshot: Snapshot, corpus: dict[str, Any]) -> None:
@@ -200,11 +206,12 @@ def _count(snapshot: Snapshot, kind: str, name: str, recipe: str | None = None) 
 
 def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
     found, corpus = ingest(spec, snapshot), corpus_dict(spec)
+    more = "; ".join(["", *found.remarks])
     if not found.samples + found.gone:
-        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored")
+        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored{more}")
     parts = {"new": found.samples - found.changed, "changed": found.changed, "gone": found.gone}
     why = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
-    return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, f"samples: {why}")
+    return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, f"samples: {why}{more}")
 
 
 def _check_whole(snapshot: Snapshot, name: str) -> None:

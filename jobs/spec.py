@@ -14,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StringConstraints,
     ValidationError,
     field_validator,
@@ -87,10 +88,21 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1
 """One text, or a list of them."""
 
 
+def _one_or_more(value: Any) -> Any:
+    texts = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("write a text, or a list of texts")
+    return value if isinstance(value, str) else texts
+
+
+OneOrMore = Annotated[str | tuple[str, ...], PlainValidator(_one_or_more)]
+"""A text, which stays one, or a list of them."""
+
+
 class SourceSpec(_Node):
     """Where the samples come from: files at one path or several, with patterns (`*`) and lists (`{00..99}`)."""
 
-    type: Literal["manifest"]
+    type: Literal["manifest", "webdataset"]
     path: Texts
 
 
@@ -106,12 +118,12 @@ class ColumnsSpec(_Node):
 class FieldSpec(_Node):
     """One field: its modality and where its values are in the source.
 
-    `from` names a column of a manifest or a Parquet file. `read` says whether it holds the value itself (`inline`) or its
-    file's path (`file`); without it the source chooses.
+    `from` names a column of a manifest or a Parquet file; of a webdataset an extension, or a list of them. `read` says whether
+    a column holds the value itself (`inline`) or its file's path (`file`); without it the source chooses.
     """
 
     modality: Literal["text", "image", "audio"]
-    from_: Text = Field(alias="from")
+    from_: OneOrMore = Field(alias="from")
     read: Literal["inline", "file"] | None = None
 
 

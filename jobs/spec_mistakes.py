@@ -196,6 +196,7 @@ def of_references(tree: Document) -> Iterator[Mistake]:
         for name, entry in _entries(tree.value, section).items():
             yield from _repeated((section, name, "views"), entry.get("views"), tree)
     yield from _of_encoders(tree)
+    yield from _of_source(tree)
 
 
 def _references(spec: Any) -> Iterator[tuple[Place, Any, list[str], str]]:
@@ -254,6 +255,17 @@ def _of_encoders(tree: Document) -> Iterator[Mistake]:
         if isinstance(has, str) and has != takes:
             text = f"{_shown(key)} takes {takes}, but field {_shown(source)} is {_shown(has)}"
             yield tree.mistake(("views", name, "encoder"), text)
+
+
+def _of_source(tree: Document) -> Iterator[Mistake]:
+    """What a field's `from` may not be with this type of source."""
+    corpus = tree.value.get("corpus")
+    source = corpus.get("source") if isinstance(corpus, dict) else None
+    if isinstance(source, dict) and source.get("type") in ("manifest", "parquet"):
+        for name, field in _entries(corpus, "fields").items():
+            if isinstance(field.get("from"), tuple):
+                text = f"{_shown(field['from'])} is a list: name one column"
+                yield tree.mistake(("corpus", "fields", name, "from"), text)
 
 
 def _entries(section: Any, key: str) -> dict[str, dict[str, Any]]:
