@@ -95,7 +95,7 @@ def _one_or_more(value: Any) -> Any:
     return value if isinstance(value, str) else texts
 
 
-OneOrMore = Annotated[str | tuple[str, ...], PlainValidator(_one_or_more)]
+OneOrMore = Annotated[Any, PlainValidator(_one_or_more)]
 """A text, which stays one, or a list of them."""
 
 

@@ -93,7 +93,7 @@ class Part(NamedTuple):
 
     def _content(self) -> bytes:
         fs, path = filesystem(self.uri)
-        content: bytes = fs.cat_file(path, self.offset, self.offset + self.size)
+        content: bytes = fs.cat_file(path, start=self.offset, end=self.offset + self.size)
         if len(content) > self.size:
             raise ValueError("the server sends more than the range it was asked for; it must serve ranges")
         if len(content) < self.size:

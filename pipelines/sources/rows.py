@@ -113,7 +113,8 @@ class RowSource(ABC):
                 f"source, or say in the spec what it is, e.g. corpus.columns: {{group: group}}"
             )
         digest, size = hashlib.sha256(row.content), 0
-        for field, value in row.values.items():
+        # A worker has its fields in another order than the spec.
+        for field, value in sorted(row.values.items()):
             if value is not None:
                 self._found.add(field)
                 value_bytes, changed = value.stat()

@@ -64,13 +64,14 @@ class Tar(AbstractContextManager["Tar"]):
     """
 
     def __init__(self, uri: str, known: tuple[int, str] | None = None) -> None:
-        """Opens it, of known size and change or not; InputError where it is not there."""
+        """Of known size and change or not; InputError where it is not there. A file is opened when it is read first."""
         known = known or described(uri, "tar")
         if known is None:
             raise InputError(f"tar {uri} is not there; correct corpus.source.path")
         self.uri, (self.size, self.change) = uri, known
         self._window, self._at, self._step = b"", 0, _MIN_WINDOW
-        self._file = opened(uri, "tar") if "file" in filesystem(uri)[0].protocol else None
+        self._on_disk = "file" in filesystem(uri)[0].protocol
+        self._file: io.BufferedReader | None = None
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
@@ -81,10 +82,11 @@ class Tar(AbstractContextManager["Tar"]):
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
-        if self._file is not None:
+        if self._on_disk:
+            if self._file is None:
+                self._file = opened(self.uri, "tar")
             self._file.seek(offset)
-            content: bytes = self._file.read(size)
-            return content
+            return self._file.read(size)
         begin = offset - self._at
         if not 0 <= begin <= len(self._window) - size:
             self._next_window(offset, size)
@@ -93,14 +95,14 @@ class Tar(AbstractContextManager["Tar"]):
 
     def begin(self, offset: int, size: int) -> None:
         """Fetches the bytes of one sample, the first MiB at most, where they are not on a disk."""
-        if self._file is None:
+        if not self._on_disk:
             self._step = min(size, _MAX_AHEAD)
             self._fetch(offset, self._step)
 
     def held(self, offset: int, size: int) -> bytes | None:
         """Bytes that have come already, from elsewhere than a disk; None where they have not."""
         begin = offset - self._at
-        whole = self._file is None and 0 <= begin <= len(self._window) - size
+        whole = not self._on_disk and 0 <= begin <= len(self._window) - size
         return self._window[begin : begin + size] if whole else None
 
     def _next_window(self, offset: int, size: int) -> None:

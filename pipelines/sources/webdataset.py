@@ -50,7 +50,7 @@ def split_name(name: str) -> tuple[str, str]:
     """The key and the extension of a member as WebDataset cuts its name; both empty where it belongs to no sample."""
     folder, slash, last = name.rpartition("/")
     stem, dot, extension = last.partition(".")
-    if not dot or not (stem or (slash and "." not in folder)):
+    if not dot or not (stem or (slash and "." not in folder.rpartition("/")[2])):
         return "", ""
     return folder + slash + stem, extension.lower()
 
