@@ -58,7 +58,8 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
 
     Raises:
         StoreError: a file of the stored corpus is gone.
-        InputError: the source holds nothing, or the corpus's fields changed since it was stored.
+        InputError: the source holds nothing, or less than was stored because its files are not whole; or the corpus's fields
+            changed since it was stored.
     """
     corpus = corpus_dict(spec)
     name, source = corpus["name"], open_source(corpus)
@@ -70,10 +71,10 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
         raise InputError(f"{_path(spec)} holds no samples; name another one in corpus.source.path")
     _check_columns(spec, source)
     remarks = tuple(source.remarks())
-    if found.gone and not source.whole():
+    if found.gone + found.changed and not source.whole():
         raise InputError(
-            f"corpus {name!r}: {counted(found.gone, 'stored sample')} would be removed for not being in {_path(spec)} now, "
-            f"whose files are not whole ({'; '.join(remarks)}): bring them whole, or store them under another corpus"
+            f"corpus {name!r}: {counted(found.gone + found.changed, 'stored sample')} would be removed or replaced after "
+            f"files that are not whole ({'; '.join(remarks)}); bring these whole: nothing was changed"
         )
     return found._replace(remarks=remarks)
 

@@ -19,7 +19,7 @@ import json
 import posixpath
 import re
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ _AHEAD = 16
 """So many samples are begun ahead of the one that is asked for."""
 
 _SIDECARS = 4
+_CUT = "tars that are cut off"
 # What WebDataset passes over.
 _META = re.compile(r"__[^/]*__($|/)")
 
@@ -118,6 +119,10 @@ class WebDataset(RowSource):
         """Tars that are cut off, and what of the tars that `references()` has read was left out."""
         return [f"{what}: {count}, e.g. {first}" for what, (count, first) in self._told.items()]
 
+    def whole(self) -> bool:
+        """Whether no tar that was read is cut off."""
+        return _CUT not in self._told
+
     def _remark(self, what: str, example: str) -> None:
         count, first = self._told.get(what, (0, example))
         self._told[what] = count + 1, first
@@ -158,7 +163,7 @@ class WebDataset(RowSource):
         """Field -> its `from`, of the fields that no sample read so far has a value of."""
         return {name: ", ".join(each) for name, each in self._from.items() if name not in self._found}
 
-    def _groups(self, tar: Tar, start: int, end: int | None, remark: Any) -> Iterator[_Group]:
+    def _groups(self, tar: Tar, start: int, end: int | None, remark: Callable[[str, str], None]) -> Iterator[_Group]:
         group = None
         try:
             for member in members(tar, start, end):
@@ -176,7 +181,7 @@ class WebDataset(RowSource):
                 if extension in self._extensions:
                     group.found.setdefault(extension, []).append(member)
         except CutOff as cut:
-            remark("tars that are cut off", str(cut))
+            remark(_CUT, str(cut))
             if group is not None:
                 # The rest belongs to it: so it is seen to be the last also when it is read again.
                 group.end, group.cut = tar.size, str(cut)

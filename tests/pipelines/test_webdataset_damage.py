@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from featurestore.catalog import Snapshot
 from featurestore.errors import DecodeError, InputError
+from featurestore.storage import Storage
 from pipelines import shard
 from pipelines.sources.files import Part
 from tests.pipelines.tars import expected, header, pairs, signed, source_of, tar_of, values_of, written
@@ -122,7 +124,7 @@ def test_a_key_that_comes_again_is_told_with_both_places(tmp_path: Path, other: 
     second = written(tmp_path, tar_of(pairs(1)), "001.tar") if other else first
     told = rf"id '0000' stands twice: {first}, member '0000\.jpg' at byte 0 and {second}, member '0000\.jpg' at byte \d+; ids"
     with pytest.raises(InputError, match=told):
-        shard.scan(source_of(f"{tmp_path}/*.tar"), {})
+        shard.scan(source_of(f"{tmp_path}/*.tar"), shard.Known(Snapshot(Storage.of("/nowhere"), [], -1), "tars"))
 
 
 def edited(content: bytes, at: int, new: bytes) -> bytes:

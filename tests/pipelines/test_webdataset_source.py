@@ -473,6 +473,22 @@ def test_a_run_over_a_tar_that_is_cut_off_says_so(tmp_path: Path) -> None:
     assert word in plan.steps(spec, Catalog(spec.store).snapshot())[0].why
 
 
+def test_a_tar_that_was_whole_and_is_cut_off_removes_nothing(tmp_path: Path) -> None:
+    """Samples that the source has no longer are removed from the corpus; what a cut took away is none of them."""
+    whole = tar_of([(f"{n:02}.{ext}", raw) for n in range(8) for ext, raw in (("jpg", picture(n)), ("txt", b"x"))])
+    path = written(tmp_path, whole)
+    store, _ = run(tmp_path, str(path))
+    for cut in ("05.jpg", "07.txt"):
+        path.write_bytes(whole[: whole.index(cut.encode()) + 512])
+        with pytest.raises(
+            InputError, match=r"'tars': \d stored samples? would be removed or replaced .*bring these whole"
+        ):
+            run(tmp_path, str(path))
+    assert FeatureStore(store.storage).digest() == store.digest()
+    path.write_bytes(whole)
+    assert run(tmp_path, str(path))[0].digest() == store.digest()
+
+
 def test_a_spec_is_checked_against_the_tars(tmp_path: Path) -> None:
     written(tmp_path, tar_of(pairs(2)))
     label = "training_sets:\n  t: {views: [v], label: kind, splits: {train: 1.0}}\n"
