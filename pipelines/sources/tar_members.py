@@ -134,7 +134,7 @@ def members(tar: Tar, start: int = 0, end: int | None = None) -> Iterator[Member
     while offset < stop:
         block = tar.read(offset, BLOCK)
         if len(block) < BLOCK:
-            raise CutOff(f"{tar.uri} is cut off in the header at byte {offset}")
+            raise CutOff(f"it is cut off in the header at byte {offset}")
         if block == _ZEROS:
             return _check_end(tar, offset)
         kind = block[156]
@@ -151,13 +151,12 @@ def members(tar: Tar, start: int = 0, end: int | None = None) -> Iterator[Member
         yield member
         if member.offset + member.size > tar.size:
             raise CutOff(
-                f"{tar.uri} is cut off in {member.name!r}: {member.size} bytes are named, "
-                f"{tar.size - member.offset} are there"
+                f"it is cut off in {member.name!r}: {member.size} bytes are named, {tar.size - member.offset} are there"
             )
         offset = first = member.end
         path, size = "", -1
     if stop == tar.size:
-        raise CutOff(f"{tar.uri} ends at byte {tar.size} without an end mark")
+        raise CutOff(f"it ends at byte {tar.size} without an end mark")
 
 
 def _member(block: bytes, start: int, offset: int, path: str, size: int, tar: Tar) -> Member:
@@ -222,7 +221,7 @@ def _extended(tar: Tar, offset: int, size: int) -> bytes:
         raise _damaged(tar, offset, f"an extended header of {size} bytes (at most {_MAX_EXTENDED_BYTES})")
     content = tar.read(offset + BLOCK, size)
     if len(content) < size:
-        raise CutOff(f"{tar.uri} is cut off in the header at byte {offset}")
+        raise CutOff(f"it is cut off in the header at byte {offset}")
     return content
 
 

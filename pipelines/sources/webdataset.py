@@ -154,10 +154,8 @@ class WebDataset(RowSource):
             return self._row(tar, group)
 
     def place(self, reference: SampleRef) -> str:
-        """The tar, the sample's first member and the byte where it begins."""
-        with Tar(reference.uri) as tar:
-            first = next(members(tar, reference.offset))
-        return f"{reference.uri}, member {first.name!r} at byte {first.start}"
+        """The tar, and the byte where the sample begins."""
+        return f"{reference.uri}, byte {reference.offset}"
 
     def unmatched(self) -> dict[str, str]:
         """Field -> its `from`, of the fields that no sample read so far has a value of."""
@@ -181,7 +179,7 @@ class WebDataset(RowSource):
                 if extension in self._extensions:
                     group.found.setdefault(extension, []).append(member)
         except CutOff as cut:
-            remark(_CUT, str(cut))
+            remark(_CUT, f"{tar.uri}: {cut}")
             if group is not None:
                 # The rest belongs to it: so it is seen to be the last also when it is read again.
                 group.end, group.cut = tar.size, str(cut)
@@ -241,7 +239,8 @@ class WebDataset(RowSource):
             elif each in group.found:
                 return _part(tar, group.found[each])
         if group.cut and ("json" not in group.found or not all(each.startswith(_JSON) for each in wanted)):
-            return Spoiled("truncated", group.cut, _source(tar.uri, group.key))
+            source = _source(tar.uri, group.key)
+            return Spoiled("truncated", f"{source}: the tar is not whole: {group.cut}", source)
         return None
 
 
@@ -272,7 +271,9 @@ def _part(tar: Tar, found: list[Member]) -> Value:
 
 
 def _source(uri: str, name: str) -> str:
-    return f"{posixpath.basename(uri)}/{_printable(name)}"
+    # What follows a web address may be a key to it.
+    address = uri.partition("?")[0] if uri.startswith("http") else uri
+    return f"{posixpath.basename(address)}/{_printable(name)}"
 
 
 def _where(tar: Tar, offset: int) -> str:

@@ -28,7 +28,7 @@ def test_what_lies_before_a_cut_comes_in_and_the_cut_is_told(tmp_path: Path) -> 
         found = values_of(source)
         assert list(found) == list(right)[: len(found)], cut
         (told,) = source.remarks()
-        assert told.startswith(f"tars that are cut off: 1, e.g. {tmp_path}/000.tar "), cut
+        assert told.startswith(f"tars that are cut off: 1, e.g. {tmp_path}/000.tar: it "), cut
         for key, values in list(found.items())[:-1]:
             assert values == right[key], cut
         for key, values in list(found.items())[-1:]:
@@ -75,7 +75,10 @@ LINKS = [
 
 @pytest.mark.parametrize(("kind", "called"), LINKS)
 def test_what_is_no_file_is_no_value_and_is_not_followed(tmp_path: Path, kind: bytes, called: str) -> None:
-    content = header("a.jpg", type=kind, linkname="/etc/passwd") + tar_of([("a.txt", b"a"), *pairs(1)])
+    # Some tars give a link the size of what it leads to, or a folder that of its files: no data follows.
+    size = 0 if kind == b"V" else 9999
+    content = header("a.jpg", size, type=kind, linkname="/etc/passwd") + header("folder", 9999, type=b"5")
+    content += tar_of([("a.txt", b"a"), *pairs(1)])
     source = source_of(written(tmp_path, content))
     (first, _) = source.samples(list(source.references()))
     assert values_of(source) == {"a": {"image": "no_file", "caption": b"a"}} | expected(1)
@@ -122,7 +125,7 @@ def test_an_empty_tar_has_no_samples(tmp_path: Path) -> None:
 def test_a_key_that_comes_again_is_told_with_both_places(tmp_path: Path, other: bool) -> None:
     first = written(tmp_path, tar_of(pairs(3) + ([] if other else pairs(1))))
     second = written(tmp_path, tar_of(pairs(1)), "001.tar") if other else first
-    told = rf"id '0000' stands twice: {first}, member '0000\.jpg' at byte 0 and {second}, member '0000\.jpg' at byte \d+; ids"
+    told = rf"id '0000' stands twice: {first}, byte 0 and {second}, byte {0 if other else 3 * 2560}; ids"
     with pytest.raises(InputError, match=told):
         shard.scan(source_of(f"{tmp_path}/*.tar"), shard.Known(Snapshot(Storage.of("/nowhere"), [], -1), "tars"))
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import json
+import shutil
 import struct
 import tarfile
 import threading
@@ -130,7 +131,7 @@ def test_a_sample_is_read_again_from_its_own_range(tmp_path: Path) -> None:
     assert all(a.offset + a.length == b.offset for a, b in itertools.pairwise(references))
     fresh, few = source_of(path), [references[number] for number in (41, 3, 17)]
     assert list(values_of(fresh, few).items()) == [(ref.id, expected(50)[ref.id]) for ref in few]
-    assert fresh.place(references[3]) == f"{path}, member '0003.jpg' at byte {references[3].offset}"
+    assert fresh.place(references[3]) == f"{path}, byte {references[3].offset}"
 
 
 def test_a_tar_that_changed_under_the_job_is_an_error(tmp_path: Path) -> None:
@@ -457,9 +458,7 @@ def test_a_run_over_a_tar_that_is_cut_off_says_so(tmp_path: Path) -> None:
     whole = tar_of(contents)
     written(tmp_path, whole[: whole.index(b"07.txt") + 512 + 100])
     store, told = run(tmp_path, f"{tmp_path}/000.tar", "10%")
-    word = (
-        f"tars that are cut off: 1, e.g. {tmp_path}/000.tar is cut off in '07.txt': 900 bytes are named, 100 are there"
-    )
+    word = f"tars that are cut off: 1, e.g. {tmp_path}/000.tar: it is cut off in '07.txt': 900 bytes are named, 100 are there"
     assert word in told
     counts = {
         "image": {"present": 8, "missing": 0, "quarantined": 0},
@@ -471,6 +470,17 @@ def test_a_run_over_a_tar_that_is_cut_off_says_so(tmp_path: Path) -> None:
     ]
     spec = specs.parse(SPEC.format(folder=tmp_path, path=f"{tmp_path}/000.tar", budget="10%"), "spec")
     assert word in plan.steps(spec, Catalog(spec.store).snapshot())[0].why
+
+
+def test_the_same_tars_in_another_folder_give_the_same_store(tmp_path: Path) -> None:
+    contents = [(f"{n:02}.{ext}", raw) for n in range(8) for ext, raw in (("jpg", picture(n)), ("txt", b"x"))]
+    whole = tar_of(contents)
+    (tmp_path / "a").mkdir()
+    for number, content in enumerate((whole, tar_of([("z.jpg", picture(9))])[:2048])):
+        written(tmp_path / "a", content, f"{number:03}.tar")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copy2)
+    digests = [run(tmp_path / name, f"{tmp_path}/{name}/*.tar", "20%")[0].digest() for name in "ab"]
+    assert digests[0] == digests[1]
 
 
 def test_a_tar_that_was_whole_and_is_cut_off_removes_nothing(tmp_path: Path) -> None:
