@@ -58,7 +58,8 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
 
     Raises:
         StoreError: a file of the stored corpus is gone.
-        InputError: the source holds nothing, or the corpus's fields changed since it was stored.
+        InputError: the source holds nothing, or less than was stored because its files are not whole; or the corpus's fields
+            changed since it was stored.
     """
     corpus = corpus_dict(spec)
     name, source = corpus["name"], open_source(corpus)
@@ -69,7 +70,13 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
     if not found.samples + found.known:
         raise InputError(f"{_path(spec)} holds no samples; name another one in corpus.source.path")
     _check_columns(spec, source)
-    return found
+    remarks = tuple(source.remarks())
+    if found.gone + found.changed and not source.whole():
+        raise InputError(
+            f"corpus {name!r}: {counted(found.gone + found.changed, 'stored sample')} would be removed or replaced after "
+            f"files that are not whole ({'; '.join(remarks)}); bring these whole: nothing was changed"
+        )
+    return found._replace(remarks=remarks)
 
 
 def _check_settings(snapshot: Snapshot, corpus: dict[str, Any]) -> None:
@@ -200,11 +207,12 @@ def _count(snapshot: Snapshot, kind: str, name: str, recipe: str | None = None) 
 
 def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
     found, corpus = ingest(spec, snapshot), corpus_dict(spec)
+    more = "; ".join(["", *found.remarks])
     if not found.samples + found.gone:
-        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored")
+        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored{more}")
     parts = {"new": found.samples - found.changed, "changed": found.changed, "gone": found.gone}
     why = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
-    return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, f"samples: {why}")
+    return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, f"samples: {why}{more}")
 
 
 def _check_whole(snapshot: Snapshot, name: str) -> None:

@@ -122,6 +122,9 @@ class Runner:
     def _shard(self) -> None:
         snapshot = self._snapshot()
         found, corpus = plan.ingest(self.spec, snapshot), plan.corpus_dict(self.spec)
+        for remark in found.remarks:
+            log.event(f"shard {corpus['name']}", "source read", detail=remark)
+            self.console.print(remark, markup=False)
         if not found.samples + found.gone:
             return
         for path in self.spec.corpus.source.path:

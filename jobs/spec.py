@@ -102,7 +102,7 @@ OneOrMore = Annotated[Any, PlainValidator(_one_or_more)]
 class SourceSpec(_Node):
     """Where the samples come from: files at one path or several, with patterns (`*`) and lists (`{00..99}`); or one folder."""
 
-    type: Literal["manifest", "folder", "parquet"]
+    type: Literal["manifest", "folder", "webdataset", "parquet"]
     path: Texts
 
 
@@ -118,8 +118,8 @@ class ColumnsSpec(_Node):
 class FieldSpec(_Node):
     """One field: its modality and where its values are in the source.
 
-    `from` names a column of a manifest or a Parquet file; of a folder it is a pattern of paths, or a list of them. `read` says
-    whether a column holds the value itself (`inline`) or its file's path (`file`); without it a manifest's texts are inline and
+    `from` names a column of a manifest or a Parquet file; of a folder it is a pattern of paths, of a webdataset an
+    extension, or a list of them. `read` says whether a column holds the value itself (`inline`) or its file's path (`file`); without it a manifest's texts are inline and
     its other values files, and a Parquet file's all inline.
     """
 

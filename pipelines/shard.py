@@ -62,6 +62,7 @@ class Ingest(NamedTuple):
     known: int
     changed: int
     gone: int
+    remarks: tuple[str, ...] = ()
 
     def ranges(self, corpus: dict[str, Any]) -> int:
         """Number of ranges of hash(group): about 32 shards' worth each."""

@@ -72,6 +72,14 @@ class Source(Protocol):
         """Field -> what its `from` names, of the fields for which `references()` has found nothing so called."""
         ...
 
+    def remarks(self) -> list[str]:
+        """What a person should know of what `references()` has read, and is no error: files cut off, parts left out."""
+        ...
+
+    def whole(self) -> bool:
+        """Whether `references()` has read all that there was; else what it has not given is not known to be gone."""
+        ...
+
     def place(self, reference: SampleRef) -> str:
         """Where a person finds a sample: its file and line, or the like. May read the source once."""
         ...

@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from featurestore.errors import DecodeError, InputError
 from pipelines.sources import MAX_VALUE_BYTES
 
-__all__ = ["FileValue", "Part", "change_of", "expand", "filesystem", "opened", "too_large"]
+__all__ = ["FileValue", "Part", "change_of", "described", "expand", "filesystem", "opened", "too_large"]
 
 PROTOCOLS = ("file", "local", "s3", "gs", "http", "https")
 PAUSES_S = (0.2, 0.8, 3.2)
@@ -67,13 +67,17 @@ class FileValue(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A value that is a range of a file: a member of a tar. `change` is the file's, `source` says which value it is."""
+    """A value that is a range of a file: a member of a tar. `change` is the file's, `source` says which value it is.
+
+    `held` are its bytes, where they came along with others.
+    """
 
     uri: str
     offset: int
     size: int
     change: str
     source: str
+    held: bytes | None = None
 
     def stat(self) -> tuple[int, str]:
         """Its size, and the file's etag or time of change."""
@@ -83,11 +87,15 @@ class Part(NamedTuple):
         """Its bytes; DecodeError `unreadable`, `truncated` (the file ends before it does) or `too_large`."""
         if self.size > MAX_VALUE_BYTES:
             raise too_large(self.size)
+        if self.held is not None:
+            return self.held
         return _told(lambda: _tried(self._content), self.source)
 
     def _content(self) -> bytes:
         fs, path = filesystem(self.uri)
-        content: bytes = fs.cat_file(path, self.offset, self.offset + self.size)
+        content: bytes = fs.cat_file(path, start=self.offset, end=self.offset + self.size)
+        if len(content) > self.size:
+            raise ValueError("the server sends more than the range it was asked for; it must serve ranges")
         if len(content) < self.size:
             raise DecodeError("truncated", f"{self.source}: {self.size} bytes are named, {len(content)} are there")
         return content
@@ -146,6 +154,37 @@ def opened(uri: str, what: str) -> io.BufferedReader:
     except Exception as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{what} {uri} cannot be read: {why}; correct corpus.source.path") from error
+
+
+def described(uri: str, what: str) -> tuple[int, str] | None:
+    """A file's size in bytes, and a text that changes when it does; None where it is not there.
+
+    Raises InputError, which calls it `what`, where nobody can say: it is no file, is kept from us, or its server tells no size.
+    """
+    try:
+        fs, path = filesystem(uri)
+        info = _tried(lambda: _info(fs, path))
+        if info["type"] != "file":
+            raise ValueError(f"it is a {info['type'] if info['type'] != 'other' else 'device or pipe'}")
+        if info.get("size") is None:
+            raise ValueError("its server does not tell its size")
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{what} {uri} cannot be read: {why}; correct corpus.source.path") from error
+    return int(info["size"]), change_of(info)
+
+
+def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    try:
+        info: dict[str, Any] = fs.info(path)
+    except FileNotFoundError as error:
+        # An http client calls it so too where a server failed, or a connection.
+        if isinstance(error.__cause__, Exception) and _may_pass(error.__cause__):
+            raise error.__cause__ from None
+        raise
+    return info
 
 
 def change_of(info: dict[str, Any]) -> str:

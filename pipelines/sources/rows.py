@@ -102,6 +102,14 @@ class RowSource(ABC):
             if name not in self._found and field["from"] not in self._columns
         }
 
+    def remarks(self) -> list[str]:
+        """Nothing to tell."""
+        return []
+
+    def whole(self) -> bool:
+        """Whether all was read."""
+        return True
+
     def references(self) -> Iterator[SampleRef]:
         """Every row as a reference; InputError names the place of one without an id, or without a right time."""
         for row in self.rows():

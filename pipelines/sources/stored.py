@@ -86,6 +86,14 @@ class StoredShards:
         """None."""
         return {}
 
+    def remarks(self) -> list[str]:
+        """None."""
+        return []
+
+    def whole(self) -> bool:
+        """Always: a shard that is not whole is an error."""
+        return True
+
     def place(self, reference: SampleRef) -> str:
         """Shard and row."""
         return f"shard {reference.uri}, row {reference.offset}"
