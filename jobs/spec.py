@@ -294,10 +294,10 @@ def _rooted(spec: Spec) -> Spec:
     if spec.corpus.media == "copy" or spec.store.media_root is not None:
         return spec
     folders = {_folder(path, whole=str(spec.corpus.source.type) == "folder") for path in spec.corpus.source.path}
-    kinds = {folder.partition("://")[0] if "://" in folder else "" for folder in folders}
-    root = posixpath.commonpath(folders) if len(kinds) == 1 else ""
-    if "://" in next(iter(folders)):
-        root = root.replace(":/", "://", 1)
+    parts = [folder.rpartition("://") for folder in folders]
+    kinds = {kind for kind, _, _ in parts}
+    common = posixpath.commonpath([rest for _, _, rest in parts]) if len(kinds) == 1 else ""
+    root = common and "".join([*parts[0][:2], common])
     try:
         store = Storage.model_validate(spec.store.model_dump(exclude_defaults=True) | {"media_root": root})
     except ValidationError:
