@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote
 
-from featurestore.errors import AlignmentError, MissingExtra, NotFound, StoreError
+from featurestore.errors import AlignmentError, InputError, MissingExtra, NotFound, StoreError
 from featurestore.identity import input_digest
 from featurestore.storage import Storage
 
-__all__ = ["MAX_VALUE_BYTES", "read_value", "relative"]
+__all__ = ["MAX_VALUE_BYTES", "from_root", "read_value", "relative"]
 
 MAX_VALUE_BYTES = 256 << 20
 """A reference to more is refused before anything is read."""
@@ -28,7 +28,8 @@ def relative(storage: Storage, uri: str) -> str | None:
     """The reference to a file, relative to the root; None where the file has a name that none can have.
 
     Raises:
-        StoreError: no root is named, or the file lies outside of it.
+        StoreError: no root is named.
+        InputError: the file lies outside of the root.
     """
     root = _root(storage)
     path = uri
@@ -38,11 +39,20 @@ def relative(storage: Storage, uri: str) -> str | None:
         path = posixpath.normpath(path)
     reference = path.removeprefix(f"{root.rstrip('/')}/")
     if reference == path:
-        raise StoreError(
+        raise InputError(
             f"{uri} is to be referred to and lies outside of {root}; name a folder or bucket that holds all values in "
             "store.media_root, or write media: copy"
         )
     return reference if _is_inside(reference) and _is_text(reference) else None
+
+
+def from_root(storage: Storage, path: str) -> str:
+    """Where a file of the source lies, from the root; the root itself where they are in places of two kinds."""
+    root = _root(storage)
+    (kind, _, start), (other, _, rest) = root.rpartition("://"), path.removeprefix("file://").rpartition("://")
+    if kind != other:
+        return root
+    return posixpath.relpath(*((f"/{rest}", f"/{start}") if kind else (posixpath.abspath(rest), start)))
 
 
 def read_value(storage: Storage, reference: str, offset: int, size: int, digest: bytes) -> bytes:

@@ -23,7 +23,7 @@ from featurestore.catalog import Entry
 from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, ROWS, member_header
 from featurestore.errors import DecodeError
 from featurestore.identity import ids_sha256, input_digest
-from featurestore.references import relative
+from featurestore.references import from_root, relative
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from pipelines.attempts import attempt
@@ -135,7 +135,11 @@ class ShardWriter:
         return None
 
     def _settings(self) -> dict[str, Any]:
-        return {"fields": self.corpus["fields"], "columns": self.corpus["columns"], "media": self._media}
+        settings = {"fields": self.corpus["fields"], "columns": self.corpus["columns"], "media": self._media}
+        if self._media == "reference":
+            # References of another root lead nowhere; as it lies from the source, so that both may move.
+            settings["root"] = [from_root(self.storage, path) for path in self.corpus["source"].get("path", [])[:1]]
+        return settings
 
     @property
     def _media(self) -> str:

@@ -6,6 +6,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -381,12 +383,78 @@ def test_a_reference_is_relative_to_the_root(tmp_path: Path, root: str, uri: str
     assert references.relative(Storage(uri=str(tmp_path), media_root=root), uri) == expected
 
 
+@pytest.mark.parametrize(
+    ("root", "path", "expected"),
+    [
+        ("/data", "/data/m.jsonl", "m.jsonl"),
+        ("/data/media", "file:///data/m.jsonl", "../m.jsonl"),
+        ("s3://b/a", "s3://b/a/x/m.jsonl", "x/m.jsonl"),
+        ("s3://b/a", "s3://c/m.jsonl", "../../c/m.jsonl"),
+        ("s3://b/a", "/data/m.jsonl", "s3://b/a"),
+    ],
+)
+def test_what_is_taken_up_of_an_earlier_run_has_the_same_root(
+    tmp_path: Path, root: str, path: str, expected: str
+) -> None:
+    assert references.from_root(Storage(uri=str(tmp_path), media_root=root), path) == expected
+
+
 @pytest.mark.parametrize("uri", ["file:///database/a", "file:///data/../etc/a", "s3://data/a", "/etc/passwd"])
 def test_a_value_outside_of_the_root_is_not_referred_to(tmp_path: Path, uri: str) -> None:
     with pytest.raises(
-        StoreError, match=r"lies outside of /data; name a folder or bucket that holds all values in store\.m"
+        InputError, match=r"lies outside of /data; name a folder or bucket that holds all values in store\.m"
     ):
         references.relative(Storage(uri=str(tmp_path), media_root="/data"), uri)
+
+
+def test_a_source_that_names_a_value_outside_of_its_root_stores_nothing(tmp_path: Path) -> None:
+    made = Sounds(tmp_path)
+    manifest = made.corpus / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    outside = shutil.move(made.corpus / rows[0]["sound_path"], tmp_path / "outside.wav")
+    rows[0]["sound_path"] = str(outside)
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        InputError, match=rf"{outside} is to be referred to and lies outside of {made.corpus}; name a folder"
+    ):
+        made.run()
+    assert Catalog(Storage.of(tmp_path / "store")).snapshot().all() == []
+    made.text = made.text.replace(f"{tmp_path}/store", f"{tmp_path}/store, media_root: {tmp_path}")
+    corpus = made.run().corpus("planted")
+    assert corpus.rows == SAMPLES
+    assert corpus.value(*corpus.locate(rows[0]["id"]), "sound") == Path(outside).read_bytes()
+
+
+class _Web(SimpleHTTPRequestHandler):
+    """Serves a folder, whole files only; `busy` is never to be had."""
+
+    def do_GET(self) -> None:
+        if self.path.endswith("busy"):
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_values_on_a_web_server_are_read_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a b.txt").write_bytes(b"one")
+    monkeypatch.setattr(references, "_PAUSES_S", (0.01,))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Web, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        storage = Storage(uri=str(tmp_path / "s"), media_root=f"http://127.0.0.1:{server.server_port}/root")
+        assert references.read_value(storage, "a b.txt", 0, 3, input_digest(b"one")) == b"one"
+        with pytest.raises(AlignmentError, match="not the value that was stored"):
+            references.read_value(storage, "a b.txt", 1, 2, input_digest(b"ne"))
+        with pytest.raises(NotFound, match="gone since"):
+            references.read_value(storage, "b.txt", 0, 3, input_digest(b"one"))
+        with pytest.raises(StoreError, match=r"cannot be read now: .*503"):
+            references.read_value(storage, "busy", 0, 3, input_digest(b"one"))
+        server.shutdown()
+    with pytest.raises(StoreError, match="cannot be read now"):
+        references.read_value(storage, "a b.txt", 0, 3, input_digest(b"one"))
 
 
 def test_a_range_of_a_file_is_a_value_and_what_has_no_file_goes_into_the_tar(tmp_path: Path) -> None:
