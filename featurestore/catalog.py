@@ -26,7 +26,7 @@ from featurestore.storage import Storage
 
 FOLDER = "catalog"
 _COMMIT_ATTEMPTS = 30
-_DESCRIPTION = "Braid store, format 1"
+_DESCRIPTION = "Braid store, format 2"
 """Stands in the table's metadata: what another version of Braid wrote in another way is told, not misread."""
 
 

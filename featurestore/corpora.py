@@ -1,8 +1,9 @@
-"""Reading a corpus: its shards' rows, and the raw values in their tars.
+"""Reading a corpus: its shards' rows, and the raw values in their tars or where their source has them.
 
 A corpus shard is two files: a WebDataset tar of raw fields, and a Parquet table with one row per sample in the order of
-the ids. Per field the table has a struct `present, offset, size, digest, ext, miss_reason, source`: offset and size
-locate the value in the tar, so that one value is read without reading the tar.
+the ids. Per field the table has a struct `present, offset, size, digest, ext, miss_reason, source, uri`: offset and size
+locate the value in the tar, so that one value is read without reading the tar; or, where `uri` is not null, in a file outside
+the store (references.py). A shard none of whose values is in a tar has no tar.
 
 What is read by sample (`to_arrow`, `locate`, `rows`) leaves out those that are gone (tombstones.py); what is read by place
 (`read`, `ids`, `value`) gives every row that a shard has.
@@ -22,6 +23,7 @@ from featurestore.catalog import Entries, Entry, Snapshot
 from featurestore.errors import AlignmentError, NotFound
 from featurestore.identity import DIGEST_BYTES, ids_sha256, input_digest, tar_key
 from featurestore.ids import Ids
+from featurestore.references import read_value
 from featurestore.storage import Storage
 from featurestore.tombstones import gone_rows
 
@@ -37,10 +39,12 @@ MEMBER = pa.struct(
         pa.field("ext", pa.string()),
         pa.field("miss_reason", pa.string()),
         pa.field("source", pa.string()),
+        pa.field("uri", pa.string()),
     ]
 )
 """A field's column. `miss_reason` is null where the value is present, `absent` where the source has none, or the reason
-under which it stands in quarantine."""
+under which it stands in quarantine. `uri` is null where the value is in the shard's tar; else the file outside the store that
+holds it, relative to the root that the reader names."""
 
 REJECTED = pa.schema(
     [
@@ -200,7 +204,9 @@ class Corpus:
         """A raw value, or None where it is missing.
 
         Raises:
-            AlignmentError: the bytes in the tar are not the ones that the rows name, or stand there under another id.
+            AlignmentError: the bytes in the tar are not the ones that the rows name, or stand there under another id; or the
+                file that the rows refer to is gone, or holds another value.
+            StoreError: that file is at a root that is not named, or cannot be read now.
         """
         rows = self.read(key)
         if field not in rows.column_names:
@@ -209,6 +215,8 @@ class Corpus:
         if not member["present"]:
             return None
         sample_id = rows["id"][row].as_py()
+        if member["uri"] is not None:
+            return self._referenced(member, f"the {field} of {sample_id!r} (shard {key}, row {row})")
         header = member_header(sample_id, field, member["ext"], member["size"])
         tar, start = self.media(key).path, max(0, member["offset"] - len(header))
         try:
@@ -222,6 +230,12 @@ class Corpus:
                 "run `braid verify`"
             )
         return raw
+
+    def _referenced(self, member: dict[str, Any], what: str) -> bytes:
+        try:
+            return read_value(self.storage, member["uri"], member["offset"], member["size"], member["digest"])
+        except (AlignmentError, NotFound) as error:
+            raise AlignmentError(f"{what}: {error}; put the file back, or `braid shard` takes it as changed") from None
 
     def values(self, key: str, field: str) -> Iterator[bytes | None]:
         """A field's raw values of one shard, in the order of its rows."""
@@ -294,7 +308,7 @@ def disordered(rows: pa.Table) -> Iterator[tuple[int, str]]:
     end = 0
     for row, members in enumerate(zip(*(rows[field].to_pylist() for field in fields), strict=True)):
         for field, member in zip(fields, members, strict=True):
-            if member["present"]:
+            if member["present"] and member["uri"] is None:
                 if member["offset"] < end:
                     yield (
                         row,

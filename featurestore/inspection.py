@@ -7,7 +7,8 @@ shard with the rows that it stands beside. One unit is in memory at a time, and 
 import hashlib
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, cast
@@ -21,6 +22,7 @@ from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, REJECTED, ROWS, diso
 from featurestore.errors import BraidError, NotFound
 from featurestore.identity import from_tar_key, ids_sha256, input_digest
 from featurestore.ids import IDS
+from featurestore.references import read_value
 from featurestore.storage import Storage
 from featurestore.tombstones import TOMBSTONES
 
@@ -28,6 +30,7 @@ LEVELS = ("footers", "rows", "bytes")
 MOST_NAMED = 20
 """Rows of one file that are named one by one; of the others the number is told."""
 
+_FETCH_THREADS = 8
 _READ_BYTES = 1 << 20
 # tarfile copies what is left of its buffer at every read: a large one is slow.
 _TAR_BYTES = 1 << 15
@@ -35,6 +38,8 @@ _TAR_BYTES = 1 << 15
 _RUN = "`braid run` makes it again"
 _DELETE = "delete {path}, and `braid run` makes it again"
 _RESTORE = "put the file back from a copy, or shard the corpus into a new store"
+_SHARD_AGAIN = "put the file back as it was, or `braid shard` takes it in as it is now"
+_NAME_ROOT = "name the spec in place of the store, or the values' folder as store.media_root"
 INPUT_FIRST = "mend that first: with its old bytes back, this one needs nothing"
 """The mend of what cannot be proven because what it was made from is damaged: a remade shard has the bytes it had."""
 
@@ -181,8 +186,13 @@ class Inspection:
                 self.say(entry, f"{name} does not hold: {shown} (footer / catalog, file)")
 
 
-def corpus_shard(look: Inspection, rows: Entry, media: Entry | None, quarantine: Entry | None) -> list[str]:
-    """Inspects a corpus shard's rows, tar and quarantine, and returns its ids (none where rows are not read)."""
+def corpus_shard(
+    look: Inspection, rows: Entry, media: Entry | None, quarantine: Entry | None, gone: Set[int] = frozenset()
+) -> list[str]:
+    """Inspects a corpus shard's rows, tar and quarantine, and returns its ids (none where rows are not read).
+
+    Values that the rows refer to outside the store are read at the deepest level, save those of the rows in `gone`.
+    """
     table = None
     with look.guard(rows):
         if look.sized(rows):
@@ -194,6 +204,11 @@ def corpus_shard(look: Inspection, rows: Entry, media: Entry | None, quarantine:
             elif look.reads("bytes"):
                 with look.storage.open(media.path) as file:
                     look.compare_sha256(media, _Hashing(file).rest())
+    elif table is not None and any(value.uri is None for value in _values(table, list(rows.info()["fields"]))):
+        look.say(rows, "values of it are said to be in a tar, and it has none")
+    if table is not None and look.reads("bytes"):
+        with look.guard(rows):
+            _referenced(look, rows, [v for v in _values(table, list(rows.info()["fields"])) if v.row not in gone])
     rejected: set[tuple[str, str, str]] | None = None
     with look.guard(rows):
         rejected = None if table is None else _rejected(table, list(rows.info()["fields"]))
@@ -224,7 +239,7 @@ def _corpus_rows(look: Inspection, rows: Entry, media: Entry | None, quarantine:
         "shard": [rows.shard],
         "rows": [rows.rows, count],
         "ids_sha256": [rows.ids_sha256],
-        "media": _placed(media),
+        "media": _placed(media) or [None],
         "quarantine": [_placed(quarantine)],
     }
     look.claims(rows, artefact.footer_of(stored), claims)
@@ -242,13 +257,13 @@ def _corpus_rows(look: Inspection, rows: Entry, media: Entry | None, quarantine:
     return table
 
 
-def _placed(entry: Entry | None) -> list[list[Any]]:
+def _placed(entry: Entry | None) -> list[Any]:
     """How a footer names a file that was written before it; nothing where there is none."""
     return [] if entry is None else [[entry.path, entry.bytes, entry.sha256]]
 
 
 class _Value(NamedTuple):
-    """A value that a shard's tar must hold."""
+    """A value that a shard's tar must hold, or the file outside the store that `uri` names."""
 
     row: int
     id: str
@@ -257,6 +272,7 @@ class _Value(NamedTuple):
     offset: int
     size: int
     digest: bytes
+    uri: str | None
 
 
 def _values(table: pa.Table, fields: list[str]) -> Iterator[_Value]:
@@ -265,12 +281,13 @@ def _values(table: pa.Table, fields: list[str]) -> Iterator[_Value]:
         for field, member in zip(fields, members, strict=True):
             if member["present"]:
                 name = member_name(sample_id, field, member["ext"])
-                yield _Value(row, sample_id, field, name, member["offset"], member["size"], member["digest"])
+                place = member["offset"], member["size"], member["digest"], member["uri"]
+                yield _Value(row, sample_id, field, name, *place)
 
 
 def _tar(look: Inspection, media: Entry, table: pa.Table, fields: list[str]) -> None:
     """Reads a tar once, in order: its members must be the rows' values, each in its place, and nothing else."""
-    expected = list(_values(table, fields))
+    expected = [value for value in _values(table, fields) if value.uri is None]
     places = {value.name: place for place, value in enumerate(expected)}
     found: set[int] = set()
     last = -1
@@ -287,6 +304,27 @@ def _tar(look: Inspection, media: Entry, table: pa.Table, fields: list[str]) -> 
     for place, value in enumerate(expected):
         if place not in found:
             look.say(media, f"{value.field}: its member {value.name!r} is not in the tar", value.row, value.id)
+
+
+def _referenced(look: Inspection, rows: Entry, values: list[_Value]) -> None:
+    """Reads what the rows refer to, several at a time, and says which is gone or another."""
+
+    def problem(value: _Value) -> str:
+        try:
+            read_value(look.storage, str(value.uri), value.offset, value.size, value.digest)
+        except BraidError as error:
+            return str(error)
+        return ""
+
+    values = [value for value in values if value.uri is not None]
+    if values and look.storage.media_root is None:
+        look.say(rows, "it refers to values outside the store, which cannot be proven", mend=_NAME_ROOT)
+        return
+    with ThreadPoolExecutor(_FETCH_THREADS) as pool:
+        for value, told in zip(values, pool.map(problem, values), strict=True):
+            look.file_bytes += value.size
+            if told:
+                look.say(rows, f"{value.field}: {told}", value.row, value.id, _SHARD_AGAIN)
 
 
 def _misplaced(value: _Value, info: tarfile.TarInfo, raw: bytes | None, in_order: bool) -> Iterator[str]:

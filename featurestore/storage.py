@@ -50,6 +50,8 @@ class Storage(BaseModel):
         profile: name in ~/.aws/config; its keys go to both clients, also where the environment holds others.
         allow_http: needed for an `http://` endpoint.
         anonymous: send unsigned requests (public buckets).
+        media_root: the folder, bucket or web folder below which lie the values that a corpus of `media: reference` refers to.
+            Readers open nothing else outside the store; it is reached with the clients' own settings.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -60,6 +62,7 @@ class Storage(BaseModel):
     profile: str | None = None
     allow_http: bool = False
     anonymous: bool = False
+    media_root: str | None = None
 
     @field_validator("uri")
     @classmethod
@@ -80,9 +83,27 @@ class Storage(BaseModel):
             )
         return path.rstrip("/")
 
+    @field_validator("media_root")
+    @classmethod
+    def _normal_root(cls, root: str | None) -> str | None:
+        if root is None:
+            return None
+        path = root.removeprefix("file://").removeprefix("local://")
+        if "://" not in path and path and path.isprintable():
+            return os.path.abspath(os.path.expanduser(path))
+        if (
+            not re.fullmatch(r"(s3|gs|https?)://[^\s/?#@]+(/[^\s?#]*)?", path)
+            or ".." in path.split("/")
+            or "::" in path
+        ):
+            raise ValueError(
+                f"{root!r} is no root of values; allowed: a folder, or one at s3://, gs://, http:// or https://"
+            )
+        return path.rstrip("/")
+
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        given = self.model_dump(exclude_defaults=True, exclude={"uri"})
+        given = self.model_dump(exclude_defaults=True, exclude={"uri", "media_root"})
         allowed = {"s3": set(given), "gs": {"anonymous"}, "file": set()}[self.scheme]
         if foreign := sorted(set(given) - allowed):
             raise ValueError(f"{', '.join(foreign)}: not for {self.uri!r}; leave it out (S3 has these options)")

@@ -178,7 +178,10 @@ def inspect(snapshot: Snapshot, unit: Unit, level: str) -> Outcome:
 def _inspect(look: Inspection, snapshot: Snapshot, unit: Unit) -> list[str]:
     rows, quarantine = unit.one(ROWS), unit.one(QUARANTINE)
     if unit.kind == ROWS and rows is not None:
-        return corpus_shard(look, rows, unit.one(MEDIA), quarantine)
+        # Of values outside the store, those of samples that are gone or changed may be too.
+        outside = look.reads("bytes") and rows.info()["settings"]["media"] == "reference"
+        gone = gone_rows(snapshot, unit.name).get(rows.shard, ()) if outside else ()
+        return corpus_shard(look, rows, unit.one(MEDIA), quarantine, {int(row) for row in gone})
     if unit.kind == views.VIEW and rows is not None:
         view_shard(look, unit.entries[0], rows, quarantine)
     elif unit.kind in builds.BUILDS:
@@ -227,6 +230,8 @@ def _tars(look: Inspection, snapshot: Snapshot, name: str) -> None:
     rows = {entry.shard: entry for entry in snapshot.entries(ROWS, name)}
     tars = {entry.shard: entry for entry in snapshot.entries(MEDIA, name)}
     for shard in sorted(rows.keys() | tars.keys()):
+        if shard not in tars and not rows[shard].input_sha256:
+            continue
         if shard not in tars:
             look.say(rows[shard], "the catalog has its rows and no tar")
         elif shard not in rows:

@@ -83,6 +83,11 @@ def _check_settings(snapshot: Snapshot, corpus: dict[str, Any]) -> None:
     """InputError where a stored corpus was made from other fields or columns than the spec has now."""
     for entry in snapshot.entries(ROWS, corpus["name"])[:1]:
         stored = entry.info()["settings"]
+        if stored["media"] != corpus["media"]:
+            raise InputError(
+                f"corpus.media: {corpus['media']!r} where corpus {corpus['name']!r} was stored with {stored['media']!r}; its "
+                "shards are never changed, so write that, or name another corpus or store"
+            )
         for part in ("fields", "columns"):
             if stored[part] != corpus[part]:
                 names = sorted(

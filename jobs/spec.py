@@ -4,6 +4,7 @@ Relative paths in it, of the store and of the source, are relative to the workin
 """
 
 import math
+import posixpath
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -119,8 +120,8 @@ class FieldSpec(_Node):
     """One field: its modality and where its values are in the source.
 
     `from` names a column of a manifest or a Parquet file; of a folder it is a pattern of paths, of a webdataset an
-    extension, or a list of them. `read` says whether a column holds the value itself (`inline`) or its file's path (`file`); without it a manifest's texts are inline and
-    its other values files, and a Parquet file's all inline.
+    extension, or a list of them. `read` says whether a column holds the value itself (`inline`) or its file's path (`file`);
+    without it a manifest's texts are inline and its other values files, and a Parquet file's all inline.
     """
 
     modality: Literal["text", "image", "audio"]
@@ -129,7 +130,10 @@ class FieldSpec(_Node):
 
 
 class CorpusSpec(_Node):
-    """The corpus and how it is cut into shards; `failure_budget` is the share of values that may be rejected."""
+    """The corpus and how it is cut into shards; `failure_budget` is the share of values that may be rejected.
+
+    With `media: reference` raw values stay in their files, below `store.media_root` (without it, the source's folder).
+    """
 
     name: Name
     source: SourceSpec
@@ -143,7 +147,7 @@ class CorpusSpec(_Node):
             raise ValueError(f"a field named {taken[0]!r} would stand for Braid's own column; rename the field")
         return fields
 
-    media: Literal["copy"] = "copy"
+    media: Literal["copy", "reference"] = "copy"
     shard_rows: int = Field(default=10_000, ge=1, le=1_000_000)
     shard_mb: int = Field(default=512, ge=1, le=1_000_000)
     failure_budget: Annotated[float, BeforeValidator(_fraction)] = 0.01
@@ -291,7 +295,38 @@ def parse(text: str, where: str) -> Spec:
             spec = Spec.model_validate(tree.value)
         except ValidationError as error:
             mistakes += of_shape(error, Spec, tree)
+        else:
+            try:
+                spec = _rooted(spec)
+            except ValueError as error:
+                mistakes.append(tree.mistake(("corpus", "media"), f"'reference' is wrong: {error}"))
         mistakes += of_references(tree)
     if mistakes or spec is None:
         raise SpecError(report(mistakes, where))
     return spec
+
+
+def _rooted(spec: Spec) -> Spec:
+    """With the source's folder as the root of values that stay where they are, where the spec names none."""
+    if spec.corpus.media == "copy" or spec.store.media_root is not None:
+        return spec
+    folders = {_folder(path, whole=str(spec.corpus.source.type) == "folder") for path in spec.corpus.source.path}
+    parts = [folder.rpartition("://") for folder in folders]
+    kinds = {kind for kind, _, _ in parts}
+    common = posixpath.commonpath([rest for _, _, rest in parts]) if len(kinds) == 1 else ""
+    root = common and "".join([*parts[0][:2], common])
+    try:
+        store = Storage.model_validate(spec.store.model_dump(exclude_defaults=True) | {"media_root": root})
+    except ValidationError:
+        raise ValueError(
+            f"no one folder or bucket holds {', '.join(spec.corpus.source.path)}; name the one that holds all values in "
+            "store.media_root, or write media: copy"
+        ) from None
+    return spec.model_copy(update={"store": store})
+
+
+def _folder(path: str, whole: bool) -> str:
+    """The folder that a source's path lies in (a folder is it itself), up to the first pattern or list."""
+    plain = re.split(r"[*?\[{]", path, maxsplit=1)[0]
+    folder = plain if whole and plain == path else posixpath.dirname(plain)
+    return folder.rstrip("/") if "://" in path else str(Path(folder.removeprefix("file:")).absolute())

@@ -20,7 +20,7 @@ __all__ = ["Document", "Mistake", "Place", "document", "of_references", "of_shap
 MAX_DEPTH = 20
 MAX_LISTED = 50
 MAX_NUMBER = 64
-LATER = {"video", "sensor", "reference"}
+LATER = {"video", "sensor"}
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 NAME_RULE = "small letters, digits, '-' and '_', beginning with a letter or digit, at most 64"
 

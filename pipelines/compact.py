@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurestore import artefact, vectors
 from featurestore.catalog import Catalog, Change, Entries, Entry, Snapshot
-from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
+from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus, read_rows
 from featurestore.identity import digest_of
 from featurestore.ids import IDS
 from featurestore.storage import Storage
@@ -48,7 +49,9 @@ def plan(snapshot: Snapshot, corpus: dict[str, Any]) -> Compaction | None:
     tars = {entry.shard: entry.bytes for entry in opened.tars}
     small, holed = [], []
     for entry in opened.shards:
-        full = max(entry.rows / corpus["shard_rows"], tars.get(entry.shard, 0) / (corpus["shard_mb"] << 20))
+        full = entry.rows / corpus["shard_rows"]
+        if full < SMALL:
+            full = max(full, (tars.get(entry.shard, 0) + _outside(opened, entry)) / (corpus["shard_mb"] << 20))
         if entry.shard in opened.gone:
             holed.append(entry)
         elif full < SMALL:
@@ -64,9 +67,18 @@ def plan(snapshot: Snapshot, corpus: dict[str, Any]) -> Compaction | None:
         key[:12],
         tuple(entry.shard for entry in chosen),
         sum(entry.rows for entry in chosen) - gone,
-        sum(tars.get(entry.shard, 0) for entry in chosen),
+        sum(tars.get(entry.shard, 0) + _outside(opened, entry) for entry in chosen),
         gone,
     )
+
+
+def _outside(corpus: Corpus, entry: Entry) -> int:
+    """Bytes that a shard refers to outside the store."""
+    if entry.info()["settings"]["media"] == "copy":
+        return 0
+    fields = [read_rows(corpus.storage, entry)[name] for name in corpus.fields]
+    sizes = (pc.if_else(pc.is_null(pc.struct_field(each, "uri")), 0, pc.struct_field(each, "size")) for each in fields)
+    return sum(int(pc.sum(each).as_py() or 0) for each in sizes)
 
 
 def _tombstones(snapshot: Snapshot, corpus: dict[str, Any]) -> list[Entry]:

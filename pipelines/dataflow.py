@@ -157,6 +157,11 @@ def _check(options: dict[str, Any], storage: Storage, image: str | None) -> None
             f"store.uri {storage.uri!r} is a folder of this machine, which Dataflow's workers cannot see; name a store on "
             "s3://… or gs://…"
         )
+    if storage.media_root is not None and "://" not in storage.media_root:
+        raise InputError(
+            f"the corpus refers to values below {storage.media_root!r}, a folder of this machine, which Dataflow's workers "
+            "cannot see; upload them and name that place as store.media_root, or shard with media: copy into a new store"
+        )
     if not image and not options.keys() & SHIPPED_BY:
         raise InputError(
             "Dataflow's workers need Braid itself: name an image of it (infra/docker) in views.<view>.resources.image or "

@@ -1,18 +1,22 @@
 """Stage 3: turn the values of a field into vectors, one element per shard.
 
-A worker reads a shard's values from its tar, decodes and encodes them in batches, and writes the view's shard. The unit of
-parallelism is the batch: each of the process's threads decodes a batch and runs the model on it with one thread of its own,
-and two shards are in flight, so that reading and writing overlap with the model and no core waits for a shard's end.
+A worker reads a shard's values from its tar, or where its rows refer to, decodes and encodes them in batches, and writes the
+view's shard. The unit of parallelism is the batch: each of the process's threads decodes a batch and runs the model on it with
+one thread of its own, and two shards are in flight, so that reading and writing overlap with the model and no core waits for a
+shard's end. Values outside the store are fetched ahead in threads of their own.
 
 Batches form from the data alone (by size of the raw value, then id; images by id), so the same shard gives the same bytes
-on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch.
+on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch; so does
+one outside the store that is `gone` or `changed` since it was sharded.
 """
 
 import copy
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import IO, Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -22,14 +26,19 @@ import pyarrow.compute as pc
 from featurestore import artefact, encoders, views
 from featurestore.catalog import Entry, Snapshot, lost
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus, member_header, read_rows
-from featurestore.errors import AlignmentError, DecodeError
+from featurestore.errors import AlignmentError, DecodeError, NotFound
 from featurestore.identity import input_digest
+from featurestore.references import read_value
 from featurestore.storage import Storage
 from pipelines.attempts import attempt
 from pipelines.decode_apart import DecodeApart
 from pipelines.quarantine import rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
 from pipelines.view_writer import Beside, ViewWriter, view_table
+
+_FETCH_THREADS = 16
+_FETCH_AHEAD_BYTES = 64 << 20
+"""Values outside the store are fetched ahead of the model, many at a time, up to so many bytes and at least a batch."""
 
 
 class ViewPlan(NamedTuple):
@@ -51,7 +60,7 @@ def view_plan(name: str, corpus: str, field: str, encoder: str, options: dict[st
 
 @typed
 class EncodeTask(NamedTuple):
-    """A descriptor of one shard to encode: where its rows and its tar are."""
+    """A descriptor of one shard to encode: where its rows and its tar (empty where it has none) are."""
 
     shard: str
     rows_path: str
@@ -65,7 +74,7 @@ class EncodeTask(NamedTuple):
 def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[EncodeTask]:
     """The shards of the corpus that the view lacks, or of which a file (its quarantine too) is gone or has another size.
 
-    The largest tar comes first: a large shard that begins last is waited for alone.
+    The largest tar comes first, of those without one that with most rows: a large shard that begins last is waited for alone.
 
     Args:
         snapshot: the catalog.
@@ -76,10 +85,13 @@ def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[E
     todo = _unmade(snapshot, plan, listing)
     tars = snapshot.table(MEDIA, plan.corpus, None, ("shard", "path", "sha256", "bytes"))
     tars = tars.take(pc.index_in(todo["shard"], tars["shard"]))
-    for shard in todo["shard"].filter(pc.is_null(tars["shard"])):
+    for shard in todo["shard"].filter(pc.and_(pc.is_null(tars["shard"]), pc.not_equal(todo["input_sha256"], ""))):
         corpus.media(shard.as_py())
-    order = pc.sort_indices(tars["bytes"], sort_keys=[("", "descending")])
-    columns = [column.take(order) for column in (*todo.columns, tars["path"], tars["sha256"])]
+    sizes = pa.table({"bytes": pc.fill_null(tars["bytes"], 0), "rows": todo["rows"]})
+    order = pc.sort_indices(sizes, [("bytes", "descending"), ("rows", "descending")])
+    todo = todo.drop_columns(["input_sha256"])
+    paths = [pc.fill_null(tars[name], "") for name in ("path", "sha256")]
+    columns = [column.take(order) for column in (*todo.columns, *paths)]
     return [EncodeTask(*task) for task in zip(*(column.to_pylist() for column in columns), strict=True)]
 
 
@@ -90,7 +102,7 @@ def _unmade(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> pa.T
     have = snapshot.table(*scopes[0], ("shard", "input_sha256"))
     for shards in gone:
         have = have.filter(pc.invert(pc.is_in(have["shard"], shards)))
-    rows = snapshot.table(ROWS, plan.corpus, None, ("shard", "path", "rows", "sha256", "ids_sha256"))
+    rows = snapshot.table(ROWS, plan.corpus, None, ("shard", "path", "rows", "sha256", "ids_sha256", "input_sha256"))
     made_from = have["input_sha256"].take(pc.index_in(rows["shard"], have["shard"]))
     return rows.filter(pc.invert(pc.fill_null(pc.equal(made_from, rows["sha256"]), False)))
 
@@ -119,6 +131,7 @@ class Row(NamedTuple):
     digest: bytes
     ext: str
     source: str | None
+    uri: str | None = None
 
 
 class ShardEncoder:
@@ -138,6 +151,7 @@ class ShardEncoder:
         self._writer = ViewWriter(storage, plan.name, plan.recipe, about)
         self._apart: DecodeApart | None = None
         self._pool = ThreadPoolExecutor(threads)
+        self._fetchers = ThreadPoolExecutor(_FETCH_THREADS)
         self._done = storage.list(folder(plan))
 
     def load(self) -> None:
@@ -188,7 +202,7 @@ class ShardEncoder:
         field = rows[self.plan.field].to_pylist()
         ids = rows["id"].to_pylist()
         todo = [
-            Row(row, sample_id, m["offset"], m["size"], m["digest"], m["ext"], m["source"])
+            Row(row, sample_id, m["offset"], m["size"], m["digest"], m["ext"], m["source"], m["uri"])
             for row, (sample_id, m) in enumerate(zip(ids, field, strict=True))
             if m["present"]
         ]
@@ -212,13 +226,40 @@ class ShardEncoder:
 
     def _values(self, task: EncodeTask, todo: list[Row]) -> Iterator[tuple[Row, np.ndarray | DecodeError, bytes]]:
         """Every value with its vector, or with why it has none, and the digest of the bytes that were really read."""
-        batches = self._batches(todo)
-        futures = [self._pool.submit(self._batch, task.tar_path, batch) for batch in batches]
-        for batch, future in zip(batches, futures, strict=True):
-            for value, (vector, digest) in zip(batch, future.result(), strict=True):
-                if digest != value.digest:
-                    raise self._displaced(task.tar_path, value)
-                yield value, vector, digest
+        waiting: deque[tuple[list[Row], int, Future[list[tuple[np.ndarray | DecodeError, bytes]]]]] = deque()
+        ahead = 0
+        for batch in self._batches(todo):
+            size = sum(value.size for value in batch if value.uri is not None)
+            while waiting and size and ahead + size > _FETCH_AHEAD_BYTES:
+                first, fetched, outcome = waiting.popleft()
+                yield from self._proven(task, first, outcome.result())
+                ahead -= fetched
+            raws = [None if value.uri is None else self._fetchers.submit(self._fetch, value) for value in batch]
+            waiting.append((batch, size, self._pool.submit(self._batch, task.tar_path, batch, raws)))
+            ahead += size
+        while waiting:
+            first, _, outcome = waiting.popleft()
+            yield from self._proven(task, first, outcome.result())
+
+    def _proven(
+        self, task: EncodeTask, batch: list[Row], outcomes: list[tuple[np.ndarray | DecodeError, bytes]]
+    ) -> Iterator[tuple[Row, np.ndarray | DecodeError, bytes]]:
+        for value, (vector, digest) in zip(batch, outcomes, strict=True):
+            if digest != value.digest:
+                raise self._displaced(task.tar_path, value)
+            yield value, vector, digest
+
+    def _fetch(self, value: Row) -> bytes | DecodeError:
+        """The bytes that a row refers to; StoreError where they cannot be read now, which another run may mend."""
+        assert value.uri is not None
+        try:
+            return read_value(self.storage, value.uri, value.offset, value.size, value.digest)
+        except NotFound:
+            return DecodeError("gone", f"{value.source}: it was there when it was sharded")
+        except AlignmentError:
+            return DecodeError(
+                "changed", f"{value.source}: it is not what was sharded; `braid shard` takes it in as it is now"
+            )
 
     def _displaced(self, tar_path: str, value: Row) -> AlignmentError:
         return AlignmentError(
@@ -233,21 +274,30 @@ class ShardEncoder:
         size = self.encoder.batch_size
         return [todo[start : start + size] for start in range(0, len(todo), size)]
 
-    def _batch(self, tar_path: str, batch: list[Row]) -> list[tuple[np.ndarray | DecodeError, bytes]]:
+    def _batch(
+        self, tar_path: str, batch: list[Row], fetched: list[Future[bytes | DecodeError] | None]
+    ) -> list[tuple[np.ndarray | DecodeError, bytes]]:
         outcomes: list[tuple[Any, bytes]] = []
-        with self.storage.open(tar_path) as tar:
-            for value in batch:
-                header = member_header(value.id, self.plan.field, value.ext, value.size)
-                tar.seek(max(0, value.offset - len(header)))
-                stored = tar.read(len(header) + value.size)
-                raw = stored[len(header) :]
-                if not stored.startswith(header):
-                    raise self._displaced(tar_path, value)
-                outcomes.append((self._decode(raw), input_digest(raw)))
+        with self.storage.open(tar_path) if None in fetched else nullcontext() as tar:
+            for value, future in zip(batch, fetched, strict=True):
+                raw = self._member(tar, tar_path, value) if future is None else future.result()
+                if isinstance(raw, DecodeError):
+                    outcomes.append((raw, value.digest))
+                else:
+                    outcomes.append((self._decode(raw), input_digest(raw)))
         good = [position for position, (decoded, _) in enumerate(outcomes) if not isinstance(decoded, DecodeError)]
         for position, vector in zip(good, self._forward([outcomes[each][0] for each in good]), strict=True):
             outcomes[position] = (vector, outcomes[position][1])
         return outcomes
+
+    def _member(self, tar: IO[bytes] | None, tar_path: str, value: Row) -> bytes:
+        assert tar is not None
+        header = member_header(value.id, self.plan.field, value.ext, value.size)
+        tar.seek(max(0, value.offset - len(header)))
+        stored = tar.read(len(header) + value.size)
+        if not stored.startswith(header):
+            raise self._displaced(tar_path, value)
+        return stored[len(header) :]
 
     def _decode(self, raw: bytes) -> Any:
         try:

@@ -1,6 +1,7 @@
 """Writing one shard of a corpus: fetch its values ahead in threads, check them, write the tar, then the rows.
 
-A shard is done when its rows are there: they name the tar, and its footer says what it was made from.
+A shard is done when its rows are there: they name the tar, and its footer says what it was made from. With `media: reference` a
+value is fetched and checked as well, and the rows say where it is; the tar has only what lies in no file, and may be none.
 """
 
 import copy
@@ -22,13 +23,14 @@ from featurestore.catalog import Entry
 from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, ROWS, member_header
 from featurestore.errors import DecodeError
 from featurestore.identity import ids_sha256, input_digest
+from featurestore.references import from_root, relative
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from pipelines.attempts import attempt
 from pipelines.decode_apart import DecodeApart
 from pipelines.quarantine import place_rejected, rejection
 from pipelines.runner import Result, result, typed
-from pipelines.sources import Sample, SampleRef, Value, open_source
+from pipelines.sources import Referable, Sample, SampleRef, Value, open_source
 
 _FETCH_THREADS = 8
 _FETCH_AHEAD = 64
@@ -127,16 +129,21 @@ class ShardWriter:
             footer = artefact.read_footer(content)
             if footer.get("ids_sha256") != ids or footer.get("settings") != self._settings():
                 continue
-            made = [
-                artefact.Placed(*footer["media"]),
-                *(artefact.Placed(*each) for each in footer["quarantine"]),
-            ]
+            made = [artefact.Placed(*each) for each in (footer["media"], *footer["quarantine"]) if each]
             if all(artefact.holds(self.storage, each) for each in made):
                 return self._result(task.key, artefact.Placed(path, len(content), sha256), footer)
         return None
 
     def _settings(self) -> dict[str, Any]:
-        return {"fields": self.corpus["fields"], "columns": self.corpus["columns"]}
+        settings = {"fields": self.corpus["fields"], "columns": self.corpus["columns"], "media": self._media}
+        if self._media == "reference":
+            # References of another root lead nowhere; as it lies from the source, so that both may move.
+            settings["root"] = [from_root(self.storage, path) for path in self.corpus["source"].get("path", [])[:1]]
+        return settings
+
+    @property
+    def _media(self) -> str:
+        return str(self.corpus.get("media", "copy"))
 
     def _make(self, task: ShardTask, references: list[SampleRef], ids: str) -> Result:
         stem = f"{self._folder}/{task.key}"
@@ -144,7 +151,8 @@ class ShardWriter:
             local = folder / "shard.tar"
             with _TarWriter(local) as tar:
                 samples, members, rejected = self._write_members(references, tar)
-            media = artefact.place(self.storage, local, stem, tar.sha256)
+            empty = self._media == "reference" and tar.members == 0
+            media = None if empty else artefact.place(self.storage, local, stem, tar.sha256)
         quarantine = place_rejected(self.storage, rejected, f"quarantine/shard/{self.corpus['name']}/{task.key}")
         table = _rows_table(samples, members, self.corpus["fields"])
         footer = {
@@ -167,7 +175,7 @@ class ShardWriter:
         return made._replace(computed=made.tried)
 
     def _result(self, key: str, rows: artefact.Placed, footer: dict[str, Any]) -> Result:
-        name, media = self.corpus["name"], artefact.Placed(*footer["media"])
+        name, media = self.corpus["name"], artefact.Placed(*footer["media"] or ("", 0, ""))
         fields = {field: each["modality"] for field, each in self.corpus["fields"].items()}
         about = json.dumps(
             {
@@ -184,8 +192,11 @@ class ShardWriter:
             Entry(
                 ROWS, name, "", key, rows.path, count, rows.bytes, rows.sha256, ids, media.sha256, first, last, about
             ),
-            Entry(MEDIA, name, "", key, media.path, count, media.bytes, media.sha256, ids, "", first, last),
         ]
+        if media.path:
+            entries.append(
+                Entry(MEDIA, name, "", key, media.path, count, media.bytes, media.sha256, ids, "", first, last)
+            )
         for each in (artefact.Placed(*each) for each in footer["quarantine"]):
             entries.append(
                 Entry(
@@ -223,10 +234,21 @@ class ShardWriter:
             return {"present": False, "miss_reason": reason, "source": source}
         raw, digest = fetched
         ext = _extension(self.corpus["fields"][field]["modality"], raw)
-        offset = tar.add(member_header(sample_id, field, ext, len(raw)), raw)
+        uri, offset = self._address(value)
+        if uri is None:
+            offset = tar.add(member_header(sample_id, field, ext, len(raw)), raw)
         return {
-            "present": True, "offset": offset, "size": len(raw), "digest": digest, "ext": ext, "source": source,
+            "present": True, "offset": offset, "size": len(raw), "digest": digest, "ext": ext, "source": source, "uri": uri,
         }  # fmt: skip
+
+    def _address(self, value: Value | None) -> tuple[str | None, int]:
+        """Where a value is referred to, relative to the root, and its offset there; None where it goes into the tar.
+
+        Besides all of `media: copy` these are values in no file of their own (a manifest's texts, a Parquet file's cells), and
+        files whose name is no text.
+        """
+        address = value.address if self._media == "reference" and isinstance(value, Referable) else None
+        return (None, 0) if address is None else (relative(self.storage, address[0]), address[1])
 
     def _fetch(self, references: list[SampleRef]) -> Iterator[tuple[Sample, dict[str, tuple[Value | None, Fetch]]]]:
         """Samples with their raw values, in order; fetched ahead in threads."""
@@ -320,7 +342,7 @@ class _TarWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._digest, self._size, self._begun = path, hashlib.sha256(), 0, 0
+        self._path, self._digest, self._size, self._begun, self.members = path, hashlib.sha256(), 0, 0, 0
         self.sha256 = ""
 
     def __enter__(self) -> "_TarWriter":
@@ -337,6 +359,7 @@ class _TarWriter:
 
     def add(self, header: bytes, raw: bytes) -> int:
         """Adds a member and returns the offset of its data."""
+        self.members += 1
         self._write(header)
         offset = self._size
         self._write(raw)

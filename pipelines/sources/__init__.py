@@ -8,9 +8,11 @@ files.py knows how a value is fetched, whole or in part, from a disk, an object 
 
 import importlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-MAX_VALUE_BYTES = 256 << 20
+from featurestore import references
+
+MAX_VALUE_BYTES = references.MAX_VALUE_BYTES
 """A value larger than this goes to quarantine as `too_large` before it is read."""
 
 
@@ -44,6 +46,16 @@ class Value(Protocol):
 
     def fetch(self) -> bytes:
         """The bytes."""
+        ...
+
+
+@runtime_checkable
+class Referable(Protocol):
+    """A value that lies as it is in a file, which a corpus of `media: reference` can refer to."""
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """The file's address and the offset of the value's first byte in it; None where this one has none."""
         ...
 
 

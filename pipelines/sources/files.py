@@ -33,6 +33,11 @@ class FileValue(NamedTuple):
     uri: str
     source: str
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """The file, from its beginning."""
+        return self.uri, 0
+
     def stat(self) -> tuple[int, str]:
         """The file's size, and its etag or time of change."""
         try:
@@ -78,6 +83,11 @@ class Part(NamedTuple):
     change: str
     source: str
     held: bytes | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The file and where the range begins."""
+        return self.uri, self.offset
 
     def stat(self) -> tuple[int, str]:
         """Its size, and the file's etag or time of change."""

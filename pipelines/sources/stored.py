@@ -24,6 +24,7 @@ class _Stored(NamedTuple):
     field: str
     size: int
     source: str
+    address: tuple[str, int] | None
 
     def stat(self) -> tuple[int, str]:
         """Its size; it never changes."""
@@ -64,6 +65,7 @@ class StoredShards:
 
     def __init__(self, snapshot: Snapshot, name: str, shards: list[str]) -> None:
         self._snapshot, self._corpus, self._shards = snapshot, Corpus(snapshot, name), shards
+        self._root = (snapshot.storage.media_root or "").rstrip("/")
 
     def references(self) -> Iterator[SampleRef]:
         """Every sample, shard by shard."""
@@ -122,7 +124,9 @@ class StoredShards:
         self, reference: SampleRef, field: str, member: dict[str, Any], details: dict[tuple[str, str], str]
     ) -> Value | None:
         if member["present"]:
-            return _Stored(self._corpus, reference.uri, reference.offset, field, member["size"], member["source"] or "")
+            address = None if member["uri"] is None else (f"{self._root}/{member['uri']}", member["offset"])
+            source = member["source"] or ""
+            return _Stored(self._corpus, reference.uri, reference.offset, field, member["size"], source, address)
         if member["miss_reason"] == "absent":
             return None
         detail = details.get((reference.id, field), "")

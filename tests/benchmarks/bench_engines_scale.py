@@ -93,7 +93,7 @@ def _contents(spec: specs.Spec) -> list[tuple[str, encode.ViewPlan | None, dict[
     """(kind, view, what its lineage says, how many shards of it there are) of all that the store holds."""
     corpus = planning.corpus_dict(spec)
     fields = {field: each["modality"] for field, each in corpus["fields"].items()}
-    settings = {"fields": corpus["fields"], "columns": corpus["columns"]}
+    settings = {"fields": corpus["fields"], "columns": corpus["columns"], "media": corpus["media"]}
     about = {"fields": fields, "source": "manifest", "settings": settings}
     image, caption = planning.view_plans(spec)
     return [

@@ -231,6 +231,6 @@ def test_a_store_of_another_format_is_told_and_not_misread(tmp_path: Path, monke
         catalog.create()
         assert catalog.snapshot().version == 0
     with pytest.raises(
-        StoreError, match=r"says 'Braid store, format 0', this Braid reads 'Braid store, format 1': .* name another"
+        StoreError, match=r"says 'Braid store, format 0', this Braid reads 'Braid store, format 2': .* name another"
     ):
         catalog.snapshot()

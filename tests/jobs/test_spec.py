@@ -109,7 +109,7 @@ ONE_MISTAKE = [
     ("budget: 1%", "budget: 1", "line 11: corpus.failure_budget: 1 is wrong: write a share of all values"),
     ("budget: 1%", "budget: 101%", "line 11: corpus.failure_budget: '101%' is wrong"),
     ("budget: 1%", "budget: .nan", "line 11: corpus.failure_budget: NaN is wrong"),
-    ("budget: 1%", "budget: 1%\n  media: reference", "line 12: corpus.media: 'reference' is not allowed here (that"),
+    ("budget: 1%", "budget: 1%\n  media: link", "line 12: corpus.media: 'link' is not allowed here; allowed: copy, reference"),
     ("budget: 1%", "budget: 1%\n  shard_rows: 0", "line 12: corpus.shard_rows: 0 is wrong: input should be greater"),
     ("budget: 1%", "budget: 1%\n  shard_rows: '64'", "line 12: corpus.shard_rows: '64' is wrong: input should be a"),
     ("field: caption,", "field: captoin,", "line 14: views.caption.field: 'captoin' is not a field of this corpus; "
