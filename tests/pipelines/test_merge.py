@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from featurestore.errors import InputError
@@ -116,44 +116,53 @@ def brute_force(
     return Match(chosen[0].index, chosen[-1].index, weight, residual, "", covered if policy == "overlap" else 0)
 
 
+def _ascending(gaps: list[int], first: int) -> list[int]:
+    return list(itertools.accumulate(gaps, initial=first))[1:]
+
+
 @st.composite
 def streams(draw: st.DrawFn) -> list[Event]:
     """Events with gaps, runs of one start, points, and intervals that are long and overlap each other."""
-    time, events = draw(st.integers(-20, 20)), []
-    for index in range(draw(st.integers(0, 14))):
-        time += draw(st.sampled_from((0, 0, 1, 1, 2, 3, 30)))
-        events.append(Event(time, time + draw(st.sampled_from((0, 0, 1, 2, 5, 40))), index))
-    return events
+    steps = draw(st.lists(st.tuples(st.sampled_from((0, 1, 2, 3, 20)), st.sampled_from((0, 1, 2, 5, 40))), max_size=16))
+    starts = _ascending([gap for gap, _ in steps], draw(st.integers(-10, 10)))
+    lengths = [length for _, length in steps]
+    return [Event(at, at + length, 2 * n) for n, (at, length) in enumerate(zip(starts, lengths, strict=True))]
 
 
 @st.composite
 def cuts_of_time(draw: st.DrawFn) -> list[Window]:
     """Windows that ascend by their begins; ends and anchors may not."""
-    begin, windows = draw(st.integers(-40, 20)), []
-    for _ in range(draw(st.integers(0, 10))):
-        begin += draw(st.sampled_from((0, 1, 2, 7, 30)))
-        anchor = begin + draw(st.sampled_from((0, 0, 1, 3, 25)))
-        windows.append(Window(begin, anchor, anchor + draw(st.sampled_from((1, 1, 2, 4, 30)))))
-    return windows
+    short = st.sampled_from((0, 1, 2, 3, 4, 25))
+    steps = draw(st.lists(st.tuples(short, short, st.sampled_from((1, 2, 3, 30))), max_size=12))
+    begins = _ascending([gap for gap, _, _ in steps], draw(st.integers(-15, 15)))
+    rests = [(to_anchor, rest) for _, to_anchor, rest in steps]
+    return [Window(at, at + each, at + each + rest) for at, (each, rest) in zip(begins, rests, strict=True)]
 
 
 LIMITS = st.none() | st.integers(0, 12)
-CUTS = st.lists(st.integers(0, 14), max_size=14)
+CUTS = st.lists(st.integers(0, 16), max_size=6)
 
 
-@given(cuts_of_time(), streams(), LIMITS, LIMITS, CUTS, CUTS, st.sampled_from(sorted(POLICIES)))
+@pytest.mark.parametrize("policy", POLICIES)
+@example(
+    [Window(6, 7, 8), Window(10, 12, 20)],
+    [Event(0, 1, 0), Event(0, 5, 2), Event(12, 13, 4), Event(50, 51, 6)],
+    *(None, None, [], [3]),
+)
+@settings(max_examples=250)
+@given(cuts_of_time(), streams(), LIMITS, LIMITS, CUTS, CUTS)
 def test_however_both_sides_are_cut_into_chunks_each_window_gets_what_brute_force_finds(
+    policy: str,
     windows: list[Window],
     events: list[Event],
     tolerance: int | None,
     staleness: int | None,
     window_cuts: list[int],
     event_cuts: list[int],
-    policy: str,
 ) -> None:
     expected = [brute_force(window, events, policy, tolerance, staleness) for window in windows]
     assert aligned(windows, events, policy, tolerance, staleness, (window_cuts, event_cuts)) == expected
-    assert aligned(windows, events, policy, tolerance, staleness, (range(14), range(14))) == expected
+    assert aligned(windows, events, policy, tolerance, staleness, (range(12), range(16))) == expected
 
 
 @given(cuts_of_time(), streams(), st.sampled_from((-TIME_LIMIT_NS + 1000, TIME_LIMIT_NS - 1000)))
