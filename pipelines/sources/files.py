@@ -1,8 +1,8 @@
 """Values in files: whole ones and ranges of them, on a disk, in an object store or on a web server; and lists of files.
 
 What a web server may mend by itself (an error 500 to 599, 429, a time limit, a connection that drops half way) is tried again
-after a while; what it will not (404, 403) is not. The clients of object stores try such errors again themselves, up to five
-times, before they tell them: they are not tried anew.
+after a while; what it will not (404, 403) is not. Object stores' clients try such errors again themselves, five
+times or six, before they tell them: those are not tried anew.
 """
 
 import errno
@@ -46,7 +46,7 @@ class FileValue(NamedTuple):
 
     def fetch(self) -> bytes:
         """The file's bytes; DecodeError `unreadable` or `too_large`."""
-        return _told(lambda: _tried(self._content), self.source)
+        return _told(lambda: _tried(self._content, self.uri), self.source)
 
     def _content(self) -> bytes:
         """All of the file, read up to the limit where its size is not known."""
@@ -87,7 +87,7 @@ class Part(NamedTuple):
         """Its bytes; DecodeError `unreadable`, `truncated` (the file ends before it does) or `too_large`."""
         if self.size > MAX_VALUE_BYTES:
             raise too_large(self.size)
-        return _told(lambda: _tried(self._content), self.source)
+        return _told(lambda: _tried(self._content, self.uri), self.source)
 
     def _content(self) -> bytes:
         fs, path = filesystem(self.uri)
@@ -95,7 +95,7 @@ class Part(NamedTuple):
         if _is_web(self.uri):
             content = http.get_part(fs, path, self.offset, self.size)
         else:
-            content = fs.cat_file(path, self.offset, self.offset + self.size)
+            content = fs.cat_file(path, start=self.offset, end=self.offset + self.size)
         if len(content) < self.size:
             raise DecodeError("truncated", f"{self.source}: {self.size} bytes are named, {len(content)} are there")
         return content
@@ -151,11 +151,11 @@ def opened(uri: str, what: str) -> io.BufferedReader:
     """A file of the source's own, e.g. a manifest, open for reading. Raises InputError, which calls it `what`."""
     try:
         fs, path = filesystem(uri)
-        file = _tried(lambda: fs.open(path, "rb"))
+        file = _tried(lambda: fs.open(path, "rb"), uri)
     except Exception as error:
         raise InputError(f"{what} {uri} cannot be read: {_reason(error)}; correct corpus.source.path") from error
     # Buffered, because an object store's files have no `readline` with a limit.
-    return io.BufferedReader(_Steady(file, f"{what} {uri}"))
+    return io.BufferedReader(_Steady(file, uri, f"{what} {uri}"))
 
 
 _AGAIN = "run it again, or copy it to a disk or an object store"
@@ -164,13 +164,13 @@ _AGAIN = "run it again, or copy it to a disk or an object store"
 class _Steady(io.RawIOBase):
     """A file of the source's own that is tried again, and told, where it fails while it is read."""
 
-    def __init__(self, file: Any, name: str) -> None:
-        self._file, self._name = file, name
+    def __init__(self, file: Any, uri: str, name: str) -> None:
+        self._file, self._uri, self._name = file, uri, name
 
     def readinto(self, buffer: Any) -> int:
         try:
             at = self._file.tell()
-            content = _tried(lambda: self._read(at, len(buffer)))
+            content = _tried(lambda: self._read(at, len(buffer)), self._uri)
         except Exception as error:
             raise InputError(f"{self._name} cannot be read on from byte {at}: {_reason(error)}; {_AGAIN}") from error
         buffer[: len(content)] = content
@@ -221,9 +221,9 @@ def _told(fetch: Callable[[], bytes], source: str) -> bytes:
         raise DecodeError("unreadable", f"{source}: {_reason(error)}") from error
 
 
-def _tried(get: Callable[[], _Got]) -> _Got:
+def _tried(get: Callable[[], _Got], uri: str) -> _Got:
     last_s = time.monotonic() + http.TIME_LIMIT_S
-    for pause in PAUSES_S:
+    for pause in PAUSES_S if _is_web(uri) else ():
         try:
             return get()
         except Exception as error:
