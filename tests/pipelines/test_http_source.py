@@ -20,7 +20,6 @@ from featurestore.errors import DecodeError, InputError
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from jobs.report import field_counts, rejected
-from pipelines import shard
 from pipelines.sources import files, http, open_source
 from pipelines.sources.files import FileValue, Part
 from tests.faults.stores import shard_corpus
@@ -322,4 +321,4 @@ def test_a_manifest_on_a_server_that_fails_now_and_then_is_read(
 )
 def test_a_manifest_that_cannot_be_read_is_told(site: Site, path: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
-        shard.scan(manifest_at(site.uri(path)), {})
+        list(manifest_at(site.uri(path)).references())

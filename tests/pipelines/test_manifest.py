@@ -61,6 +61,11 @@ def test_a_byte_order_mark_and_line_ends_are_no_part_of_a_sample(tmp_path: Path,
         (lines(ROWS[:2]) + b'\n{"id": \n"s2"}', r"line 4: not JSON: .*one object a line.*: correct the line"),
         (lines(ROWS) + b'{"id": 7}\n', r"line 5: id 7 is not a non-empty text"),
         (lines(ROWS) + b'{"id": "s9", "added": "soon"}\n', r"line 5: 'soon' is not a time; allowed: ISO 8601"),
+        (
+            b'{"id": "s9", "added": "0001-01-01"}\n',
+            r"line 1: 0001-01-01 is too far from 1970 .*; allowed: 1677-09-22 to",
+        ),
+        (b'{"id": "s9", "added": 9223372036854775808}\n', r"line 1: 9223372036854775808 is too far from 1970"),
     ],
 )
 def test_what_is_no_sample_is_told_by_its_line_when_the_source_is_scanned(

@@ -18,7 +18,6 @@ from featurestore.errors import DecodeError, InputError
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from jobs.report import field_counts, rejected
-from pipelines import shard
 from pipelines.sources import open_source
 from pipelines.sources.files import FileValue, Part
 from tests.faults.stores import shard_corpus
@@ -137,4 +136,4 @@ def test_every_value_of_a_manifest_in_a_store_is_stored_or_in_quarantine(proxy: 
     )
     for path in ("gone", "m/busy-99"):
         with pytest.raises(InputError, match=rf"manifest s3://shelf/{path} cannot be read: .*; correct corpus\.source"):
-            shard.scan(open_source(corpus | {"source": {"type": "manifest", "path": [f"s3://shelf/{path}"]}}), {})
+            list(open_source(corpus | {"source": {"type": "manifest", "path": [f"s3://shelf/{path}"]}}).references())
