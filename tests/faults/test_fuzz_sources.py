@@ -161,27 +161,29 @@ FIELDS = {
 }
 
 
-def settings_of(source: dict[str, Any]) -> dict[str, Any]:
+def settings_of(kind: "Kind", path: Path) -> dict[str, Any]:
     """The corpus part of a spec; no field has a view, so that all values are decoded."""
     return {
-        "name": "fuzzed", "source": source, "fields": FIELDS, "shard_rows": 100, "shard_mb": 64, "failure_budget": 1.0,
+        "name": "fuzzed", "source": {"type": kind.type, "path": [str(path)]}, "fields": FIELDS | (kind.fields or {}),
+        "shard_rows": 100, "shard_mb": 64, "failure_budget": 1.0,
         "columns": {"id": "id", "group": "group", "event_timestamp": "added"}, "unviewed": sorted(FIELDS),
     }  # fmt: skip
 
 
 class Kind(NamedTuple):
-    """A kind of source file: what a good one holds, its name, and the spec's source of a path."""
+    """A kind of source file: what a good one holds, its name, the spec's type of it, and what its fields have of their own."""
 
     content: Callable[[Path], bytes]
     name: str
-    source: Callable[[str], dict[str, Any]]
+    type: str
+    fields: dict[str, Any] | None = None
 
 
 def jsonl(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-KINDS = {"jsonl": Kind(lambda _: jsonl(good_rows()), "m.jsonl", lambda path: {"type": "manifest", "path": [path]})}
+KINDS = {"jsonl": Kind(lambda _: jsonl(good_rows()), "m.jsonl", "manifest")}
 
 
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
@@ -317,7 +319,8 @@ def guarded(watch: _Watch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="braid-fuzz-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "PAUSES_S", ())
         patch.setattr(tempfile, "tempdir", folder)
-        faulthandler.dump_traceback_later(HANG_S, exit=True)
+        # Not to where pytest may have put a buffer.
+        faulthandler.dump_traceback_later(HANG_S, exit=True, file=sys.__stderr__)
         watch.within, begun = folder, time.monotonic()
         try:
             yield Path(folder)
@@ -340,7 +343,7 @@ def fuzz(kind: Kind, contents: st.SearchStrategy[bytes], number: int, corpus: Pa
         path = corpus / kind.name
         path.write_bytes(content)
         with guarded(watch) as folder:
-            case = run(settings_of(kind.source(str(path))), folder)
+            case = run(settings_of(kind, path), folder)
         seen.update(case.values, refused=bool(case.told), files=1)
 
     each()
@@ -357,7 +360,7 @@ def contents_of(kind: str, corpus: Path) -> st.SearchStrategy[bytes]:
 def test_an_undamaged_file_comes_in_whole(kind: str, corpus: Path, watch: _Watch) -> None:
     (corpus / KINDS[kind].name).write_bytes(KINDS[kind].content(corpus))
     with guarded(watch) as folder:
-        case = run(settings_of(KINDS[kind].source(str(corpus / KINDS[kind].name))), folder)
+        case = run(settings_of(KINDS[kind], corpus / KINDS[kind].name), folder)
     assert case == Case("", Counter(present=SAMPLES * 4 - SAMPLES // 3, quarantined=SAMPLES // 3))
 
 
