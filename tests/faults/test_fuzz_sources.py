@@ -4,6 +4,7 @@
 """
 
 import faulthandler
+import hashlib
 import json
 import os
 import sys
@@ -222,6 +223,16 @@ def odd_rows(draw: st.DrawFn) -> bytes:
     return jsonl(rows)
 
 
+class Damaged:
+    """A file's content, too long to be shown; where it fails, the file is there to look at."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def __repr__(self) -> str:
+        return f"{len(self.content)} bytes, sha256 {hashlib.sha256(self.content).hexdigest()[:8]}"
+
+
 class Case(NamedTuple):
     """What became of one file: the error it was refused with, or what became of its values."""
 
@@ -338,10 +349,10 @@ def fuzz(kind: Kind, contents: st.SearchStrategy[bytes], number: int, corpus: Pa
     @settings(
         max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
-    @given(contents)
-    def each(content: bytes) -> None:
+    @given(contents.map(Damaged))
+    def each(damaged: Damaged) -> None:
         path = corpus / kind.name
-        path.write_bytes(content)
+        path.write_bytes(damaged.content)
         with guarded(watch) as folder:
             case = run(settings_of(kind, path), folder)
         seen.update(case.values, refused=bool(case.told), files=1)
