@@ -1,9 +1,11 @@
 """Values in files: whole ones and ranges of them, on a disk, in an object store or on a web server; and lists of files.
 
-What a server may mend by itself (an error 500 to 599, 429, a time limit, a connection that drops half way) is tried again
-after a while; what it will not (404, 403) is not.
+What a web server may mend by itself (an error 500 to 599, 429, a time limit, a connection that drops half way) is tried again
+after a while; what it will not (404, 403) is not. Object stores' clients try such errors again themselves, five
+times or six, before they tell them: those are not tried anew.
 """
 
+import errno
 import io
 import os
 import time
@@ -14,7 +16,7 @@ import fsspec
 from braceexpand import braceexpand
 
 from featurestore.errors import DecodeError, InputError
-from pipelines.sources import MAX_VALUE_BYTES
+from pipelines.sources import MAX_VALUE_BYTES, http
 
 __all__ = ["FileValue", "Part", "change_of", "described", "expand", "filesystem", "opened", "too_large"]
 
@@ -49,11 +51,13 @@ class FileValue(NamedTuple):
 
     def fetch(self) -> bytes:
         """The file's bytes; DecodeError `unreadable` or `too_large`."""
-        return _told(lambda: _tried(self._content), self.source)
+        return _told(lambda: _tried(self._content, self.uri), self.source)
 
     def _content(self) -> bytes:
         """All of the file, read up to the limit where its size is not known."""
         fs, path = filesystem(self.uri)
+        if _is_web(self.uri):
+            return http.get(fs, path, MAX_VALUE_BYTES)
         info = fs.info(path)
         if info["type"] != "file":
             raise ValueError(f"no file but a {info['type'] if info['type'] != 'other' else 'device or pipe'}")
@@ -99,13 +103,15 @@ class Part(NamedTuple):
             raise too_large(self.size)
         if self.held is not None:
             return self.held
-        return _told(lambda: _tried(self._content), self.source)
+        return _told(lambda: _tried(self._content, self.uri), self.source)
 
     def _content(self) -> bytes:
         fs, path = filesystem(self.uri)
-        content: bytes = fs.cat_file(path, start=self.offset, end=self.offset + self.size)
-        if len(content) > self.size:
-            raise ValueError("the server sends more than the range it was asked for; it must serve ranges")
+        content: bytes
+        if _is_web(self.uri):
+            content = http.get_part(fs, path, self.offset, self.size)
+        else:
+            content = fs.cat_file(path, start=self.offset, end=self.offset + self.size)
         if len(content) < self.size:
             raise DecodeError("truncated", f"{self.source}: {self.size} bytes are named, {len(content)} are there")
         return content
@@ -151,19 +157,67 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if protocol not in PROTOCOLS:
         raise ValueError(f"addresses of this kind are not read; allowed: {', '.join(PROTOCOLS)}")
     client = fsspec.get_filesystem_class(protocol)
+    own = client._get_kwargs_from_urls(uri) | (http.options() if _is_web(uri) else {})
     # Not by fsspec's own `url_to_fs`, which reads `::` in a name as a chain of addresses.
-    return fsspec.filesystem(protocol, **client._get_kwargs_from_urls(uri)), client._strip_protocol(uri)
+    return fsspec.filesystem(protocol, **own), client._strip_protocol(uri)
+
+
+def _is_web(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
 
 
 def opened(uri: str, what: str) -> io.BufferedReader:
     """A file of the source's own, e.g. a manifest, open for reading. Raises InputError, which calls it `what`."""
     try:
         fs, path = filesystem(uri)
-        # Buffered, because an object store's files have no `readline` with a limit.
-        return io.BufferedReader(_tried(lambda: fs.open(path, "rb")))
+        file = _tried(lambda: fs.open(path, "rb"), uri)
     except Exception as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{what} {uri} cannot be read: {why}; correct corpus.source.path") from error
+        raise InputError(f"{what} {uri} cannot be read: {_reason(error)}; correct corpus.source.path") from error
+    # Buffered, because an object store's files have no `readline` with a limit.
+    return io.BufferedReader(_Steady(file, uri, f"{what} {uri}"))
+
+
+_AGAIN = "run it again, or copy it to a disk or an object store"
+
+
+class _Steady(io.RawIOBase):
+    """A file of the source's own that is tried again, and told, where it fails while it is read."""
+
+    def __init__(self, file: Any, uri: str, name: str) -> None:
+        self._file, self._uri, self._name = file, uri, name
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            at = self._file.tell()
+            content = _tried(lambda: self._read(at, len(buffer)), self._uri)
+        except Exception as error:
+            raise InputError(f"{self._name} cannot be read on from byte {at}: {_reason(error)}; {_AGAIN}") from error
+        buffer[: len(content)] = content
+        return len(content)
+
+    def _read(self, at: int, size: int) -> bytes:
+        self._file.seek(at)
+        content: bytes = self._file.read(size)
+        return content
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return int(self._file.seek(offset, whence))
+        except ValueError as error:
+            raise InputError(f"{self._name} cannot be read from byte {offset} on: {error}; {_AGAIN}") from error
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def described(uri: str, what: str) -> tuple[int, str] | None:
@@ -173,7 +227,7 @@ def described(uri: str, what: str) -> tuple[int, str] | None:
     """
     try:
         fs, path = filesystem(uri)
-        info = _tried(lambda: _info(fs, path))
+        info = _tried(lambda: _info(fs, path), uri)
         if info["type"] != "file":
             raise ValueError(f"it is a {info['type'] if info['type'] != 'other' else 'device or pipe'}")
         if info.get("size") is None:
@@ -199,7 +253,7 @@ def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
 
 def change_of(info: dict[str, Any]) -> str:
     """Of what a client says of a file: the text that changes when the file does."""
-    return str(info.get("ETag") or info.get("etag") or info.get("mtime"))
+    return str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("Last-Modified"))
 
 
 def too_large(size: int) -> DecodeError:
@@ -217,28 +271,42 @@ def _told(fetch: Callable[[], bytes], source: str) -> bytes:
         raise DecodeError("unreadable", f"{source}: {_reason(error)}") from error
 
 
-def _tried(get: Callable[[], _Got]) -> _Got:
-    for pause in PAUSES_S:
+def _tried(get: Callable[[], _Got], uri: str) -> _Got:
+    last_s = time.monotonic() + http.TIME_LIMIT_S
+    for pause in PAUSES_S if _is_web(uri) else ():
         try:
             return get()
         except Exception as error:
-            if not _may_pass(error):
+            if not _may_pass(error) or time.monotonic() + pause > last_s:
                 raise
-            time.sleep(pause)
+        time.sleep(pause)
     return get()
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """Whether another try may go better: a server's fault, or a connection's."""
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return status == 429 or status >= 500
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        # fsspec says so of a web server's file whatever has failed.
+        return _may_pass(error.__cause__)
     lost = isinstance(error, ConnectionError | TimeoutError)
-    return lost or any(kind.__module__.startswith("aiohttp") for kind in type(error).__mro__)
+    return lost or any(f"{kind.__module__}.{kind.__name__}" in _LOST for kind in type(error).__mro__)
 
 
-def _reason(error: Exception) -> str:
+_LOST = ("aiohttp.client_exceptions.ClientConnectionError", "aiohttp.client_exceptions.ClientPayloadError")
+
+
+def _reason(error: BaseException) -> str:
     """What kept a file from being read, without folders of this machine: equal corpora give equal quarantines anywhere."""
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
+    if isinstance(status := getattr(error, "status", None), int):
+        return f"{type(error).__name__}: {status} {getattr(error, 'message', '')}" if status else type(error).__name__
+    if isinstance(error, TimeoutError):
+        return "it did not come in time"
     if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
+        number = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno
+        return error.strerror or (os.strerror(number) if number else type(error).__name__)
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -61,6 +61,11 @@ def test_a_byte_order_mark_and_line_ends_are_no_part_of_a_sample(tmp_path: Path,
         (lines(ROWS[:2]) + b'\n{"id": \n"s2"}', r"line 4: not JSON: .*one object a line.*: correct the line"),
         (lines(ROWS) + b'{"id": 7}\n', r"line 5: id 7 is not a non-empty text"),
         (lines(ROWS) + b'{"id": "s9", "added": "soon"}\n', r"line 5: 'soon' is not a time; allowed: ISO 8601"),
+        (
+            b'{"id": "s9", "added": "0001-01-01"}\n',
+            r"line 1: 0001-01-01 is too far from 1970 .*; allowed: 1677-09-22 to",
+        ),
+        (b'{"id": "s9", "added": 9223372036854775808}\n', r"line 1: 9223372036854775808 is too far from 1970"),
     ],
 )
 def test_what_is_no_sample_is_told_by_its_line_when_the_source_is_scanned(
@@ -167,6 +172,6 @@ def test_a_file_of_unknown_size_is_read_up_to_the_limit(monkeypatch: pytest.Monk
         value = FileValue(f"http://127.0.0.1:{server.server_port}/a", "it")
         assert value.fetch() == bytes(range(20))
         monkeypatch.setattr("pipelines.sources.files.MAX_VALUE_BYTES", 8)
-        with pytest.raises(DecodeError, match=r"^too_large: 9 bytes"):
+        with pytest.raises(DecodeError, match=r"^too_large: more than 8 bytes"):
             value.fetch()
         server.shutdown()

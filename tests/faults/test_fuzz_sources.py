@@ -1,0 +1,392 @@
+"""Damaged and hostile source files: a run ends, with every value stored or in quarantine, or with one clear error before it.
+
+200 files of each kind in the suite, 10,000 in all in `make soak`; the same ones each time.
+"""
+
+import faulthandler
+import hashlib
+import json
+import os
+import sys
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from featurestore.catalog import Snapshot
+from featurestore.errors import InputError
+from featurestore.identity import ids_sha256, input_digest
+from featurestore.storage import Storage
+from pipelines import shard
+from pipelines.shard_writer import ShardWriter
+from pipelines.sources import files, open_source
+
+CASE_LIMIT_S = 10
+HANG_S = 120
+SAMPLES = 12
+NOTHING = shard.Known(Snapshot(Storage.of("/nowhere"), [], -1), "fuzzed")
+
+TOKENS = (
+    *(
+        b"\x00",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\r",
+        b"\n",
+        b'"',
+        b"\\",
+        b"{",
+        b"}",
+        b"[" * 3000,
+        b"'",
+        b",",
+        b";",
+        b"\t",
+    ),
+    *(
+        b"null",
+        b"NaN",
+        b"-1e999",
+        b"1" * 400,
+        b"\\ud800",
+        b"\\u0000",
+        b'"id"',
+        b"../",
+        b"/",
+        b"..",
+        b"%2e",
+        b"*",
+        b"{00..99}",
+    ),
+    *(
+        b"\x80",
+        "é".encode(),
+        "\u202e".encode(),
+        b"00:00:00,000 --> 99:99:99,999",
+        b"WEBVTT",
+        b"ustar",
+        b"PAR1",
+        b"=cmd|'",
+    ),
+)
+ODD = (
+    *(None, True, 0, -1, 1.5, float("nan"), float("inf"), 10**30, 2**63, "", " ", "\x00", "a\x00b", "\ud800", "\u202e"),
+    *(
+        [],
+        {},
+        [[]],
+        {"bytes": None},
+        "x" * 500,
+        "é" * 300,
+        "..",
+        ".",
+        "/",
+        "//",
+        "../m.jsonl",
+        "images",
+        "images/",
+        "~",
+        "~root",
+    ),
+    *(
+        "/dev/zero",
+        "/dev/stdin",
+        "/proc/self/mem",
+        "/nowhere",
+        "file:///dev/null",
+        "file://",
+        "://",
+        "ftp://x/y",
+        "http://[",
+    ),
+    *(
+        "http://127.0.0.1:1/x",
+        "data:,x",
+        "memory://x",
+        "a::b",
+        "file://a::file://b",
+        "*.png",
+        "[",
+        "{",
+        "{a,b}",
+        "{0..9}",
+        "x?y",
+    ),
+    *("2026-13-45", "0001-01-01", "9999-12-31T23:59:59+14:00", "2026-01-01T00:00:00+99:99", "con", "a" * 4096),
+)
+
+
+def write_corpus(folder: Path) -> None:
+    """Three images, three sounds and three notes, each of another kind."""
+    for name in ("images", "sounds", "notes"):
+        (folder / name).mkdir(parents=True)
+    picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    for number, kind in enumerate(("png", "jpeg", "gif")):
+        picture.save(folder / f"images/{number}.{kind}")
+    for number, kind in enumerate(("wav", "flac", "ogg")):
+        soundfile.write(folder / f"sounds/{number}.{kind}", np.sin(np.arange(800) / 9), 8000)
+    for number, text in enumerate(("a note", "", "é" * 50)):
+        (folder / f"notes/{number}.txt").write_text(text, "utf-8")
+
+
+def good_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"s/{n}", "group": f"g{n % 3}", "added": f"2026-01-{n + 1:02}", "label": ("a", "b")[n % 2], "size": n,
+            "image": f"images/{n % 3}.{('png', 'jpeg', 'gif')[n % 3]}",
+            "sound": f"sounds/{n % 3}.{('wav', 'flac', 'ogg')[n % 3]}",
+            "caption": f"caption of {n}", "note": f"notes/{n % 3}.txt",
+        }
+        for n in range(SAMPLES)
+    ]  # fmt: skip
+
+
+FIELDS = {
+    "image": {"modality": "image", "from": "image", "read": "file"},
+    "sound": {"modality": "audio", "from": "sound", "read": "file"},
+    "caption": {"modality": "text", "from": "caption", "read": "inline"},
+    "note": {"modality": "text", "from": "note", "read": "file"},
+}
+
+
+def settings_of(kind: "Kind", path: Path) -> dict[str, Any]:
+    """The corpus part of a spec; no field has a view, so that all values are decoded."""
+    return {
+        "name": "fuzzed", "source": {"type": kind.type, "path": [str(path)]}, "fields": FIELDS | (kind.fields or {}),
+        "shard_rows": 100, "shard_mb": 64, "failure_budget": 1.0,
+        "columns": {"id": "id", "group": "group", "event_timestamp": "added"}, "unviewed": sorted(FIELDS),
+    }  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """A kind of source file: what a good one holds, its name, the spec's type of it, and what its fields have of their own."""
+
+    content: Callable[[Path], bytes]
+    name: str
+    type: str
+    fields: dict[str, Any] | None = None
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+KINDS = {"jsonl": Kind(lambda _: jsonl(good_rows()), "m.jsonl", "manifest")}
+
+
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """A file cut, repeated in parts, overwritten, spliced or filled with what readers stumble over."""
+    for _ in range(draw(st.integers(1, 5))):
+        at = draw(st.integers(0, 1 << 20)) % (len(content) + 1)
+        size = draw(st.sampled_from((1, 1, 2, 4, 16, 100, 512, 1 << 20)))
+        head, middle, tail = content[:at], content[at : at + size], content[at + size :]
+        how = draw(st.sampled_from(("flip", "cut", "repeat", "insert", "overwrite", "move", "end")))
+        if how == "flip":
+            middle = bytes(byte ^ (1 << draw(st.integers(0, 7))) for byte in middle[:1]) + middle[1:]
+        elif how == "cut":
+            middle = b""
+        elif how == "repeat":
+            middle = middle[:5000] * draw(st.integers(2, 5))
+        elif how in ("insert", "overwrite"):
+            token = draw(st.sampled_from(TOKENS) | st.binary(max_size=8))
+            middle = token + middle if how == "insert" else token
+        elif how == "move":
+            head, tail = head + tail[:size], tail[size:]
+        else:
+            tail = b""
+        content = head + middle + tail
+    return content
+
+
+@st.composite
+def odd_rows(draw: st.DrawFn) -> bytes:
+    """Rows that are JSON and hold what nobody expects."""
+    rows = good_rows()
+    for _ in range(draw(st.integers(1, 8))):
+        row = draw(st.sampled_from(rows))
+        row[draw(st.sampled_from(sorted(rows[0])) | st.sampled_from(("", "embedding", "\ud800")))] = draw(
+            st.sampled_from(ODD)
+        )
+    return jsonl(rows)
+
+
+class Damaged:
+    """A file's content, too long to be shown; where it fails, the file is there to look at."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def __repr__(self) -> str:
+        return f"{len(self.content)} bytes, sha256 {hashlib.sha256(self.content).hexdigest()[:8]}"
+
+
+class Case(NamedTuple):
+    """What became of one file: the error it was refused with, or what became of its values."""
+
+    told: str
+    values: Counter[str]
+
+
+def run(corpus: dict[str, Any], folder: Path) -> Case:
+    """Plans and writes the shard that a source makes, and holds the outcome against what was there."""
+    storage = Storage.of(folder / "store")
+    try:
+        shard.scan(open_source(corpus), NOTHING)
+        references = sorted(open_source(corpus).references(), key=lambda reference: reference.id)
+    except InputError as error:
+        check_clear(str(error), corpus["source"]["path"][0])
+        return Case(str(error), Counter())
+    ids = [reference.id for reference in references]
+    ShardWriter(storage, corpus)._make(SimpleNamespace(key="all"), references, ids_sha256(ids))  # type: ignore[arg-type]
+    return Case("", stored(folder / "store", ids))
+
+
+def check_clear(told: str, path: str) -> None:
+    """Fails where an error does not name the file, or cannot be shown."""
+    assert path in told
+    assert len(told) < 1500
+    told.encode()
+
+
+def stored(store: Path, ids: list[str]) -> Counter[str]:
+    """Fails where a value is neither stored, nor absent, nor in quarantine, or stored otherwise than its row says."""
+    (table,), (tar,) = store.glob("corpora/fuzzed/all-*.parquet"), list(store.glob("corpora/fuzzed/all-*.tar"))
+    rows = pq.read_table(table, columns=["id", *FIELDS]).to_pylist()
+    assert [row["id"] for row in rows] == ids
+    rejected = [row for path in store.glob("quarantine/**/*.parquet") for row in pq.read_table(path).to_pylist()]
+    quarantined = {(row["id"], row["field"]): row["reason"] for row in rejected}
+    assert len(quarantined) == len(rejected)
+    content = tar.read_bytes()
+    values: Counter[str] = Counter()
+    for row in rows:
+        for field in FIELDS:
+            member = row[field]
+            if member["present"]:
+                raw = content[member["offset"] : member["offset"] + member["size"]]
+                assert input_digest(raw) == member["digest"]
+                values["present"] += 1
+            elif (row["id"], field) in quarantined:
+                assert quarantined.pop((row["id"], field)) == member["miss_reason"]
+                values["quarantined"] += 1
+            else:
+                assert member["miss_reason"] == "absent"
+                values["absent"] += 1
+    assert not quarantined
+    with tarfile.open(tar) as members:
+        assert len(members.getmembers()) == values["present"]
+    assert values.total() == len(ids) * len(FIELDS)
+    return values
+
+
+class _Watch:
+    """Audit hook: what is written while it is on, and where; a hook cannot be taken away again."""
+
+    def __init__(self) -> None:
+        self.within = ""
+        self.outside: list[str] = []
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.within or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link"):
+            return
+        if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            return
+        for path in args[:2] if event in ("os.rename", "os.symlink", "os.link") else args[:1]:
+            if isinstance(path, str | bytes | os.PathLike) and not os.fsdecode(path).startswith(
+                (self.within, "/dev/null")
+            ):
+                self.outside.append(f"{event} {os.fsdecode(path)}")
+
+
+@pytest.fixture(scope="module")
+def watch() -> _Watch:
+    made = _Watch()
+    sys.addaudithook(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "corpus"
+    write_corpus(folder)
+    return folder
+
+
+@contextmanager
+def guarded(watch: _Watch) -> Iterator[Path]:
+    """A folder of its own that all is written in; ends the process where nothing comes to an end."""
+    with tempfile.TemporaryDirectory(prefix="braid-fuzz-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "PAUSES_S", ())
+        patch.setattr(tempfile, "tempdir", folder)
+        # Not to where pytest may have put a buffer.
+        faulthandler.dump_traceback_later(HANG_S, exit=True, file=sys.__stderr__)
+        watch.within, begun = folder, time.monotonic()
+        try:
+            yield Path(folder)
+        finally:
+            watch.within = ""
+            faulthandler.cancel_dump_traceback_later()
+        assert time.monotonic() - begun < CASE_LIMIT_S
+        assert watch.outside == []
+
+
+def fuzz(kind: Kind, contents: st.SearchStrategy[bytes], number: int, corpus: Path, watch: _Watch) -> Counter[str]:
+    """Runs so many files of a kind; counts those refused, and the values of those that were not."""
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(contents.map(Damaged))
+    def each(damaged: Damaged) -> None:
+        path = corpus / kind.name
+        path.write_bytes(damaged.content)
+        with guarded(watch) as folder:
+            case = run(settings_of(kind, path), folder)
+        seen.update(case.values, refused=bool(case.told), files=1)
+
+    each()
+    return seen
+
+
+def contents_of(kind: str, corpus: Path) -> st.SearchStrategy[bytes]:
+    whole = KINDS[kind].content(corpus)
+    harmed: st.SearchStrategy[bytes] = st.composite(damaged)(whole)
+    return harmed | odd_rows() if kind == "jsonl" else harmed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_undamaged_file_comes_in_whole(kind: str, corpus: Path, watch: _Watch) -> None:
+    (corpus / KINDS[kind].name).write_bytes(KINDS[kind].content(corpus))
+    with guarded(watch) as folder:
+        case = run(settings_of(KINDS[kind], corpus / KINDS[kind].name), folder)
+    assert case == Case("", Counter(present=SAMPLES * 4 - SAMPLES // 3, quarantined=SAMPLES // 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_ends_in_values_stored_or_rejected_or_in_one_error(
+    kind: str, corpus: Path, watch: _Watch
+) -> None:
+    seen = fuzz(KINDS[kind], contents_of(kind, corpus), 200, corpus, watch)
+    assert seen["files"] >= 150
+    assert min(seen["refused"], seen["files"] - seen["refused"], seen["present"]) > 10
+
+
+@pytest.mark.slow
+def test_10_000_damaged_files(corpus: Path, watch: _Watch, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in KINDS:
+        seen = fuzz(KINDS[kind], contents_of(kind, corpus), 10_000 // len(KINDS), corpus, watch)
+        with capsys.disabled():
+            print(f"\n{kind}: {dict(seen)}")
