@@ -109,6 +109,8 @@ def write_sound(path: Path, samples: NDArray[np.float32]) -> Path:
 
 def sensor_csv(path: Path, time_s: NDArray[np.float64], values: NDArray[np.float64], header: str = "time,x,y") -> Path:
     """A CSV of times with 9 digits and channels as they are."""
-    rows = (f"{time:.9f}," + ",".join(repr(float(each)) for each in row) for time, row in zip(time_s, values, strict=True))
+    rows = (
+        f"{time:.9f}," + ",".join(repr(float(each)) for each in row) for time, row in zip(time_s, values, strict=True)
+    )
     path.write_text("\n".join([header, *rows]) + "\n")
     return path

@@ -18,7 +18,7 @@ from featurestore import media
 from featurestore.errors import DecodeError
 from pipelines.sources.files import FileValue
 from pipelines.synchronize import Events
-from pipelines.synchronize.container import CHUNK, nanoseconds, opened
+from pipelines.synchronize.container import CHUNK, NoStream, nanoseconds, opened
 
 __all__ = ["Clip", "Clips", "events", "loudness"]
 
@@ -86,21 +86,23 @@ class Clips:
         self._held: deque[_Piece] = deque()
         self._rate, self._shape = 0, (0, 0)
         self._ended = self._started = False
-        self._failed: DecodeError | None = None
+        self._failed: DecodeError | NoStream | None = None
 
     def get(self, begin_ns: int, end_ns: int) -> tuple[Clip | DecodeError | str, int]:
-        """The samples in [begin, end), and how much later than its begin the first is, in ns.
+        """The samples in [begin, end), and the time of the first in ns.
 
         Where sound is missing in the middle there is silence; what is missing at either end is left out.
 
         Returns:
-            A clip; or the error that keeps it from being decoded; or the reason why there is none: `not_started`,
-            `stream_ended` or `no_event`.
+            A clip; or the error that keeps it from being decoded; or the reason why there is none: `no_stream`,
+            `not_started`, `stream_ended` or `no_event`.
         """
         while self._held and self._held[0].end_ns <= begin_ns:
             self._held.popleft()
         while not self._ended and (not self._held or self._held[-1].end_ns < end_ns):
             self._read(begin_ns)
+        if isinstance(self._failed, NoStream):
+            return "no_stream", 0
         if self._failed is not None and (not self._held or self._held[-1].end_ns < end_ns):
             return self._failed, 0
         parts = [piece for piece in self._held if piece.begin_ns < end_ns and piece.end_ns > begin_ns]
@@ -110,12 +112,12 @@ class Clips:
         if not cut:
             missing = "no_event" if self._started else "not_started"
             return "stream_ended" if self._ended and not self._held else missing, 0
-        return self._joined(cut), cut[0].begin_ns - begin_ns
+        return self._joined(cut), cut[0].begin_ns
 
     def _read(self, begin_ns: int) -> None:
         try:
             piece = next(self._pieces, None)
-        except DecodeError as error:
+        except (DecodeError, NoStream) as error:
             self._failed, piece = error, None
         if piece is None:
             self._ended = True

@@ -400,12 +400,10 @@ def _sounds(file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: lis
     """The clip of each window."""
     clips = audio.Clips(file)
     for chunk in chunks:
-        begins, ends = (clock.to_stream(times).tolist() for times in (chunk.begin_ns, chunk.end_ns))
-        for begin, end in zip(begins, ends, strict=True):
-            try:
-                found, late_ns = clips.get(begin, end)
-            except NoStream:
-                found, late_ns = "no_stream", 0
+        starts, ends = (clock.to_stream(times).tolist() for times in (chunk.begin_ns, chunk.end_ns))
+        for begin, start, end in zip(chunk.begin_ns.tolist(), starts, ends, strict=True):
+            found, first_ns = clips.get(start, end)
+            late_ns = int(clock.to_reference(np.array([first_ns]))[0]) - begin
             if isinstance(found, DecodeError):
                 yield _Refused(found, file.source), None
             elif isinstance(found, str):
