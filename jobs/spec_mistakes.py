@@ -181,6 +181,8 @@ def _keys_at(place: Place, model: type[BaseModel]) -> list[str]:
         if isinstance(here, type) and issubclass(here, BaseModel):
             fields = {info.alias or name: info.annotation for name, info in here.model_fields.items()}
             here = fields[str(part)]
+            if type(None) in typing.get_args(here):
+                here = typing.get_args(here)[0]
         else:
             here = typing.get_args(here)[-1]
     return [info.alias or name for name, info in here.model_fields.items()]

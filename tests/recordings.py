@@ -72,7 +72,7 @@ def video(
         stream.time_base = stream.codec_context.time_base = Fraction(1, 30_000)
         stream.codec_context.bit_rate = 2_000_000
         stream.codec_context.gop_size = 12
-        track: Any = file.add_stream("aac", rate=RATE) if sound else None
+        track: Any = file.add_stream("aac", rate=RATE, layout="mono") if sound else None
         for number, tick in enumerate(ticks):
             light = bool(lit(np.array([tick / 30_000]))[0])
             frame = av.VideoFrame.from_ndarray(

@@ -66,11 +66,10 @@ def told(source: str) -> Iterator[None]:
     except (DecodeError, NoStream, MemoryError, GeneratorExit):
         raise
     except av.error.FFmpegError as error:
-        if isinstance(error, av.error.InvalidDataError | av.error.DemuxerNotFoundError):
-            reason, what = "decode_error", "no media that is read here, or damaged"
-        else:
-            reason, what = "decode_error", error.strerror or type(error).__name__
-        raise DecodeError(reason, f"{source}: {what}") from None
+        # FFmpeg calls a container that is not allowed an invalid argument.
+        unknown = isinstance(error, av.error.InvalidDataError | av.error.DemuxerNotFoundError | av.error.ArgumentError)
+        what = "no media that is read here, or damaged" if unknown else error.strerror or type(error).__name__
+        raise DecodeError("decode_error", f"{source}: {what}") from None
     except (OSError, ValueError, EOFError) as error:
         raise DecodeError(
             "unreadable", f"{source}: {getattr(error, 'strerror', None) or type(error).__name__}"

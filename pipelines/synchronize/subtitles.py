@@ -6,6 +6,7 @@ cue whose times cannot be right is an event all the same, so that what it says i
 before it starts stands at its start, one with no times to read at the start of the cue above it.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -54,7 +55,7 @@ def cues(file: FileValue) -> list[Cue]:
         raise DecodeError("unsupported_format", f"{file.source}: no cue of an SRT or WebVTT file in it")
     web = text.startswith("WEBVTT")
     found: list[Cue] = []
-    for number, following in zip(timings, [*timings[1:], len(lines)], strict=True):
+    for number, following in itertools.pairwise([*timings, len(lines)]):
         said = _said(lines[number + 1 : following], web, last=following == len(lines))
         if said:
             before = found[-1].start_ns if found else 0

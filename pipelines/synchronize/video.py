@@ -125,37 +125,60 @@ class Frames:
 def _frames(file: FileValue) -> Iterator[tuple[int, Any]]:
     """(index, frame, or None where it cannot be decoded) of every frame, as `events` counts them.
 
-    A frame that is not decoded spoils those that are built on it: all up to the next key frame.
+    A frame that is lost or damaged spoils those that are decoded after it, up to the next key frame: they may be built on it.
     """
     with opened(file, "video") as (container, stream):
-        order, number, spoiled, ended = _Order(), 0, False, False
+        order, decoding, number = _Order(), _Decoding(), 0
         waiting: deque[int] = deque()
-        decoded: deque[Any] = deque()
-        bad: set[int] = set()
         for packet in container.demux(stream):
-            ended = not packet.size
-            waiting.extend(order.rest() if ended else order.push(packet))
-            spoiled = (spoiled and not packet.is_keyframe) or packet.is_corrupt
-            try:
-                decoded.extend(frame for frame in packet.decode() if frame.pts is not None)
-            except DecodeError:
-                raise
-            except Exception:
-                # FFmpeg's errors are of many classes, and all mean this.
-                spoiled = True
-            if spoiled and packet.pts is not None:
-                bad.add(packet.pts)
+            waiting.extend(order.push(packet) if packet.size else order.rest())
+            decoding.push(packet)
             while waiting:
-                while decoded and decoded[0].pts < waiting[0]:
-                    decoded.popleft()
-                found = bool(decoded) and decoded[0].pts == waiting[0]
-                if not (found or decoded or ended or len(waiting) > MAX_REORDER):
+                found, frame = decoding.pop(waiting[0], len(waiting) > MAX_REORDER)
+                if not found:
                     break
-                frame = decoded.popleft() if found else None
-                lost = waiting[0] in bad or (frame is not None and frame.is_corrupt)
-                bad.discard(waiting.popleft())
-                yield number, None if lost else frame
+                waiting.popleft()
+                yield number, frame
                 number += 1
+
+
+class _Decoding:
+    """Frames by their times, told good or not once all that was decoded before them is."""
+
+    def __init__(self) -> None:
+        self._packets: deque[tuple[int, bool, bool]] = deque()
+        self._frames: dict[int, Any] = {}
+        self._told: dict[int, Any] = {}
+        self._read_to: int | None = None
+        self._ended = self._spoiled = False
+
+    def push(self, packet: Any) -> None:
+        """Decodes a packet."""
+        if packet.pts is not None and not packet.is_discard:
+            self._packets.append((packet.pts, packet.is_keyframe, packet.is_corrupt))
+        self._ended = not packet.size
+        try:
+            frames = packet.decode()
+        except Exception:
+            # FFmpeg's errors are of many classes, and all mean that no frame comes of it.
+            return
+        for frame in frames:
+            if frame.pts is not None:
+                self._frames[frame.pts] = frame
+                self._read_to = frame.pts
+
+    def pop(self, pts: int, late: bool) -> tuple[bool, Any]:
+        """Whether it is told yet what became of a frame, and the frame, or None; where it is `late` it is lost."""
+        while self._packets and pts not in self._told:
+            time, is_key, is_corrupt = self._packets[0]
+            if not (self._ended or late or (self._read_to is not None and time <= self._read_to)):
+                return False, None
+            self._packets.popleft()
+            frame = self._frames.pop(time, None)
+            lost = frame is None or frame.is_corrupt or is_corrupt
+            self._spoiled = lost or (self._spoiled and not is_key)
+            self._told[time] = None if self._spoiled else frame
+        return True, self._told.pop(pts, None)
 
 
 def _pixels(frame: Any) -> NDArray[np.uint8]:
