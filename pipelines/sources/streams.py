@@ -8,8 +8,9 @@ clock, and for each field `<field>_residual_ns`; of a clock that is measured, `<
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from featurestore.errors import InputError
 from featurestore.identity import check_id, digest_of
@@ -43,6 +44,14 @@ def filled(fields: dict[str, Any]) -> dict[str, Any]:
 DEFAULT_POLICY = {"image": "nearest", "audio": "window", "text": "overlap", "sensor": "window"}
 
 
+class _Pass(NamedTuple):
+    """A pass over a recording that can go on from its window `next`."""
+
+    recording: SampleRef
+    next: int
+    samples: Iterator[Sample]
+
+
 class Streams:
     """Recordings."""
 
@@ -52,6 +61,7 @@ class Streams:
             name: {"modality": field["modality"], "from": field["from"], "read": "file"}
             for name, field in self._fields.items()
         }
+        self._thread = threading.local()
         self._recordings = sources.open_source(
             {**corpus, "source": {**corpus["source"], "type": "manifest"}, "fields": files}
         )
@@ -101,13 +111,33 @@ class Streams:
     def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
         """Some windows, in the order given. Each stretch of one recording that ascends takes one pass over its files."""
         for stretch in _stretches(references):
-            recording_ref, _ = _parts(stretch[0])
-            (sample,) = self._recordings.samples([recording_ref])
-            recording = self._recording(sample)
-            windows = recording.read([_parts(reference)[1] for reference in stretch])
-            for reference, window in zip(stretch, windows, strict=True):
-                columns = self._columns_of(sample, recording, window)
-                yield Sample(reference.id, reference.group, reference.etag, columns, window.values)
+            if len(stretch) == 1:
+                yield self._one(stretch[0])
+            else:
+                yield from self._read(stretch[0], [_parts(reference)[1] for reference in stretch])
+
+    def _read(self, first: SampleRef, numbers: Sequence[int]) -> Iterator[Sample]:
+        """Windows of the recording that a window is of, by their numbers."""
+        recording_ref, _ = _parts(first)
+        (sample,) = self._recordings.samples([recording_ref])
+        recording = self._recording(sample)
+        for window in recording.read(numbers):
+            columns = self._columns_of(sample, recording, window)
+            yield Sample(_id(sample.id, window.number), sample.group, first.etag, columns, window.values)
+
+    def _one(self, reference: SampleRef) -> Sample:
+        """One window. Who asks for one after the other, to compare them with what is stored, goes on in the same pass."""
+        recording, number = _parts(reference)
+        held: _Pass | None = getattr(self._thread, "held", None)
+        if held is None or held.recording != recording or held.next > number:
+            count = sum(len(chunk.begin_ns) for chunk in self._opened(recording).windows())
+            held = _Pass(recording, number, self._read(reference, range(number, max(count, number + 1))))
+        self._thread.held = held._replace(next=number + 1)
+        return next(sample for sample in held.samples if sample.id == reference.id)
+
+    def _opened(self, recording: SampleRef) -> Recording:
+        (sample,) = self._recordings.samples([recording])
+        return self._recording(sample)
 
     def _columns_of(self, sample: Sample, recording: Recording, window: Window) -> dict[str, Any]:
         columns = {**sample.columns, "begin_ns": window.begin_ns, "end_ns": window.end_ns}

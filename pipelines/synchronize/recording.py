@@ -182,7 +182,7 @@ class Recording:
             InputError: a number that the recording has no window of.
         """
         chunks = list(_chosen(self.windows(), numbers))
-        if sum(len(chunk.begin_ns) for chunk in chunks) != len(numbers):
+        if not chunks or sum(len(chunk.begin_ns) for chunk in chunks) != len(numbers):
             raise InputError(
                 f"recording {self._name!r} has no window {numbers[-1]} any more: its files changed while the job ran; run "
                 "it again"

@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from featurestore.storage import Storage
 from featurestore.verify import verify
 from jobs import spec as specs
 from jobs.plan import corpus_dict
+from pipelines import shard
 from pipelines.sources import Missing, Sample, open_source
+from pipelines.sources.files import FileValue
+from pipelines.sources.stored import StoredShards
 from tests.faults.stores import shard_corpus
 from tests.recordings import (
     FRAME_NS,
@@ -196,6 +200,61 @@ def test_any_choice_of_windows_gives_each_the_same_value(talk: Path) -> None:
                 assert reason(sample, field) == reason(whole[sample.id], field)
                 if not reason(sample, field):
                     assert fetched(sample, field) == fetched(whole[sample.id], field)
+
+
+def test_windows_asked_for_one_by_one_take_one_pass(talk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As planning does to tell files that were only touched from others: not one pass for each window."""
+    source = open_source(settings(talk))
+    references = list(source.references())
+    whole = list(source.samples(references))
+    opened: list[str] = []
+    real = FileValue.open
+    monkeypatch.setattr(FileValue, "open", lambda self: opened.append(self.source) or real(self))
+    for reference, expected in zip(references, whole, strict=True):
+        (sample,) = source.samples([reference])
+        assert sample.columns == expected.columns
+        assert sample.id == expected.id
+        for field in expected.values:
+            assert reason(sample, field) == reason(expected, field)
+            if not reason(sample, field):
+                assert fetched(sample, field) == fetched(expected, field)
+    assert len(opened) <= 20
+    (again,) = source.samples([references[2]])
+    assert again.columns == whole[2].columns
+
+
+def test_touched_files_are_no_change_and_another_cue_is(talk: Path, tmp_path: Path) -> None:
+    for path in talk.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    corpus, storage = settings(tmp_path), Storage.of(tmp_path / "store")
+    shard_corpus(storage, corpus)
+    for path in tmp_path.iterdir():
+        os.utime(path, (1, 1))
+    catalog = Catalog(storage)
+    found = shard.scan(open_source(corpus), shard.Known(catalog.snapshot(), "talks"))
+    assert (found.samples, found.changed, found.gone) == (0, 0, 0)
+    (tmp_path / "talk.srt").write_text(SRT.replace("a second", "another"))
+    changed = shard.scan(open_source(corpus), shard.Known(catalog.snapshot(), "talks"))
+    spoken = sum(
+        reference.columns["end_ns"] > 3e9 and reference.columns["begin_ns"] < 5.5e9 for reference in samples(corpus)
+    )
+    assert (changed.changed, changed.gone) == (spoken, 0)
+
+
+def test_compacted_shards_keep_why_a_value_is_not_there(talk: Path, tmp_path: Path) -> None:
+    storage = Storage.of(tmp_path / "store")
+    shard_corpus(storage, settings(talk))
+    snapshot = Catalog(storage).snapshot()
+    stored = Corpus(snapshot, "talks")
+    shards = [entry.shard for entry in stored.shards]
+    source = StoredShards(snapshot, "talks", shards)
+    found = {sample.id: sample for sample in source.samples(source.references())}
+    said = set()
+    for row in stored.to_arrow().to_pylist():
+        for field in ("frame", "sound", "words", "motion"):
+            assert reason(found[row["id"]], field) == (row[field]["miss_reason"] or "")
+            said.add(row[field]["miss_reason"])
+    assert {None, "stream_ended", "not_started"} <= said
 
 
 def test_a_window_for_each_cue(talk: Path) -> None:
