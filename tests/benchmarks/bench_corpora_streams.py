@@ -5,14 +5,20 @@ second in a sound whose clock is 237 ms and 40 ppm off; white noise at 6 dB on p
 The same is measured at 6 dB of noise on the mean brightness of each frame, which no number of pixels averages out.
 """
 
+import json
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from featurestore.media import decode_sensor
+from pipelines.sources import Missing
 from pipelines.sources.files import FileValue
 from pipelines.synchronize import audio, clocks, sensor, video
 from pipelines.synchronize.merge import align
@@ -26,13 +32,14 @@ SECONDS, START_S = 600, 1.4
 OFFSET_S, DRIFT_PPM = 0.237, 40.0
 FLASH, BEEP_POWER, NOISE_DB = 140.0, 1 / 8, 6.0
 SEEDS = 10
+SHORT_MIN, LONG_MIN = 10, 120
 
 
 def bars() -> list[Bar]:
     """The bars of this area that are about timed streams."""
     with tempfile.TemporaryDirectory(prefix="braid-bench-") as name:
         folder = Path(name)
-        return [*_frames(folder), *_clock(folder), *_sensor(folder)]
+        return [*_frames(folder), *_clock(folder), *_sensor(folder), *_memory()]
 
 
 def _file(path: Path) -> FileValue:
@@ -135,3 +142,61 @@ def _sensor(folder: Path) -> list[Bar]:
     return [
         at_least("corpora", "linear against nearest readings of 100 Hz: errors, nearest / linear", ratio, 5, **errors)
     ]
+
+
+def _memory() -> list[Bar]:
+    """Peak memory of reading every window of a short and of a long recording; each in a process of its own."""
+    found = {}
+    for minutes in (SHORT_MIN, LONG_MIN):
+        command = [sys.executable, "-m", "tests.benchmarks.bench_corpora_streams", str(minutes)]
+        found[minutes] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    grown = found[LONG_MIN]["peak_mb"] - found[SHORT_MIN]["peak_mb"]
+    detail = {f"{minutes} min": told for minutes, told in found.items()}
+    return [
+        at_most(
+            "corpora", f"memory of {LONG_MIN} min of streams more than of {SHORT_MIN} min, in MB", grown, 50, **detail
+        )
+    ]
+
+
+def _read_all(minutes: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="braid-bench-") as name:
+        folder, seconds = Path(name), 60 * minutes
+        rng = np.random.default_rng(0)
+        with soundfile.SoundFile(folder / "s.wav", "w", 16_000, 1, "PCM_16") as file:
+            for _ in range(minutes):
+                file.write(rng.integers(-9999, 9999, 60 * 16_000, dtype=np.int16))
+        with (folder / "s.csv").open("w") as csv, (folder / "s.srt").open("w") as srt:
+            csv.write("time,x,y,z\n")
+            for second in range(seconds):
+                csv.writelines(f"{second + at / 100},{at},{second},0.5\n" for at in range(100))
+                clock = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
+                srt.write(f"{second}\n{clock},100 --> {clock},900\nsaid {second}\n\n")
+        fields = {
+            "sound": {"modality": "audio", "policy": "window"},
+            "words": {"modality": "text", "policy": "overlap"},
+            "motion": {"modality": "sensor", "policy": "window", "time": "time", "channels": None},
+        }
+        clock_spec = {"unit": "s", "offset": 0, "drift": 0.0, "estimate": None}
+        files = {"sound": _file(folder / "s.wav"), "words": _file(folder / "s.srt"), "motion": _file(folder / "s.csv")}
+        recording = Recording(
+            "bench", files,
+            {key: {**field, "clock": clock_spec, "tolerance": None, "staleness": None} for key, field in fields.items()},
+            {"every": SECOND, "length": 2 * SECOND, "per": None},
+        )  # fmt: skip
+        begun, bytes_ = time.monotonic(), 0
+        count = sum(len(chunk.begin_ns) for chunk in recording.windows())
+        for window in recording.read(range(count)):
+            bytes_ += sum(
+                len(value.fetch()) for value in window.values.values() if not isinstance(value, Missing | None)
+            )
+        return {
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+            "windows": count,
+            "mb": bytes_ >> 20,
+            "seconds": round(time.monotonic() - begun, 1),
+        }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_read_all(int(sys.argv[1]))))
