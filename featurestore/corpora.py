@@ -42,9 +42,16 @@ MEMBER = pa.struct(
         pa.field("uri", pa.string()),
     ]
 )
-"""A field's column. `miss_reason` is null where the value is present, `absent` where the source has none, or the reason
+"""A field's column. `miss_reason` is null where the value is present, one of MISSES where there is none, or the reason
 under which it stands in quarantine. `uri` is null where the value is in the shard's tar; else the file outside the store that
 holds it, relative to the root that the reader names."""
+
+MISSES = frozenset(
+    {"absent", "no_stream", "no_clock", "no_event", "not_started", "stream_ended", "out_of_tolerance", "stale"}
+)
+"""Why there is no value, where nothing was rejected: `absent` where the source has none. The others are of timed streams: the
+file has no such track (`no_stream`), or its clock cannot be told from another's (`no_clock`); within the window nothing
+happens (`no_event`), or not yet or no longer; what is nearest is too far away (`out_of_tolerance`) or too old (`stale`)."""
 
 REJECTED = pa.schema(
     [

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from featurestore import artefact, views
 from featurestore.catalog import Entry
-from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, REJECTED, ROWS, disordered, member_name, read_rows
+from featurestore.corpora import MEDIA, MEMBER, MISSES, QUARANTINE, REJECTED, ROWS, disordered, member_name, read_rows
 from featurestore.errors import BraidError, NotFound
 from featurestore.identity import from_tar_key, ids_sha256, input_digest
 from featurestore.ids import IDS
@@ -374,7 +374,7 @@ def _rejected(table: pa.Table, fields: list[str]) -> set[tuple[str, str, str]]:
         (sample_id, field, member["miss_reason"])
         for field in fields
         for sample_id, member in zip(ids, table[field].to_pylist(), strict=True)
-        if not member["present"] and member["miss_reason"] != "absent"
+        if not member["present"] and member["miss_reason"] not in MISSES
     }
 
 

@@ -1,4 +1,4 @@
-"""Guarded decoding of bytes that nobody vouches for: images, audio and text.
+"""Guarded decoding of bytes that nobody vouches for: images, audio, text and readings of sensors.
 
 Sizes are checked from the header, before anything is decoded. Whatever a codec raises comes out as
 `DecodeError(reason, detail)`; only `MemoryError` passes. A detail holds no memory address and no path, so that the
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import soundfile
     from PIL import Image
 
-__all__ = ["REASONS", "decode_audio", "decode_image", "decode_text", "sniff_extension"]
+__all__ = ["REASONS", "decode_audio", "decode_image", "decode_sensor", "decode_text", "sniff_extension"]
 
 REASONS = ("decode_error", "empty", "invalid_utf8", "too_large", "unsupported_format", "zero_size")
 
@@ -153,12 +153,47 @@ def decode_audio(raw: bytes, sample_rate: int, max_seconds: float | None = None)
         return resampled
 
 
+def decode_sensor(raw: bytes) -> NDArray[np.float32]:
+    """Decode readings of a sensor: a `.npy` file of format 1 or 2 whose array is little-endian float32 [readings, channels].
+
+    Returns:
+        The array, C-contiguous: at least one reading and one channel, all finite.
+
+    Raises:
+        DecodeError: any reason but `invalid_utf8`. Nothing is unpickled: an array of objects is `unsupported_format`.
+    """
+    _check_bytes(raw, MAX_MEDIA_BYTES)
+    file = io.BytesIO(raw)
+    if not raw.startswith(np.lib.format.MAGIC_PREFIX):
+        raise DecodeError("unsupported_format", "not a .npy file")
+    with _codec("sensor"):
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise DecodeError("unsupported_format", f".npy format {version[0]}.{version[1]}; allowed: 1.0, 2.0")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_column, kind = read(file)
+        if kind != np.dtype("<f4") or len(shape) != 2 or by_column:
+            raise DecodeError(
+                "unsupported_format", f"{kind.str} {list(shape)}; allowed: <f4 [readings, channels] in C order"
+            )
+        if not all(shape):
+            raise DecodeError("zero_size", f"{shape[0]} readings of {shape[1]} channels")
+        if 4 * shape[0] * shape[1] != len(raw) - file.tell():
+            raise DecodeError("decode_error", f"{len(raw) - file.tell()} bytes of {4 * shape[0] * shape[1]}")
+        values = np.frombuffer(raw, "<f4", offset=file.tell()).reshape(shape)
+        if not np.isfinite(values).all():
+            raise DecodeError("decode_error", "readings that are not finite")
+        return values
+
+
 def check(modality: str, raw: bytes) -> None:
     """Decodes a value and throws it away; DecodeError where it cannot be decoded."""
     if modality == "text":
         decode_text(raw)
     elif modality == "image":
         decode_image(raw)
+    elif modality == "sensor":
+        decode_sensor(raw)
     else:
         decode_audio(raw, sample_rate_of(raw))
 
@@ -173,7 +208,7 @@ def sniff_extension(raw: bytes) -> str:
     """Name the format by its first bytes, without a dot: what a tar member is called.
 
     Returns:
-        `png`, `jpg`, `gif`, `bmp`, `tiff`, `webp`, `ogg`, `flac`, `wav`, `txt` (UTF-8 without control
+        `png`, `jpg`, `gif`, `bmp`, `tiff`, `webp`, `ogg`, `flac`, `wav`, `npy`, `txt` (UTF-8 without control
         characters in its first 4 KiB) or `bin`.
     """
     for magic, extension in _MAGIC:
@@ -194,6 +229,7 @@ _MAGIC = (
     (b"MM\x00*", "tiff"),
     (b"OggS", "ogg"),
     (b"fLaC", "flac"),
+    (b"\x93NUMPY", "npy"),
 )
 
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from featurestore.artefact import read_checked, read_table
 from featurestore.builds import INDEX
-from featurestore.corpora import QUARANTINE
+from featurestore.corpora import MISSES, QUARANTINE
 from featurestore.errors import AlignmentError
 from featurestore.store import FeatureStore
 from featurestore.views import VIEW
@@ -56,7 +56,7 @@ def field_counts(store: FeatureStore, corpus: str) -> dict[str, dict[str, int]]:
         members = dict(zip(table["id"].to_pylist(), table[field].to_pylist(), strict=True))
         counts[field] = {
             "present": sum(member["present"] and key not in bad[field] for key, member in members.items()),
-            "missing": sum(member["miss_reason"] == "absent" for member in members.values()),
+            "missing": sum(member["miss_reason"] in MISSES for member in members.values()),
             "quarantined": len(bad[field]),
         }
         if sum(counts[field].values()) != opened.rows:

@@ -3,6 +3,7 @@
 Relative paths in it, of the store and of the source, are relative to the working directory.
 """
 
+import decimal
 import math
 import posixpath
 import re
@@ -16,17 +17,21 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationError,
     field_validator,
+    model_serializer,
+    model_validator,
 )
 
 from featurestore.errors import NotFound, SpecError
 from featurestore.storage import Storage
 from featurestore.times import RESERVED
-from jobs.spec_mistakes import Mistake, document, of_references, of_shape, report
+from jobs.spec_mistakes import TIMED, Mistake, document, of_references, of_shape, report
 
 __all__ = [
+    "ClockSpec",
     "ColumnsSpec",
     "CorpusSpec",
     "FieldSpec",
@@ -37,6 +42,7 @@ __all__ = [
     "Spec",
     "TrainingSetSpec",
     "ViewSpec",
+    "WindowsSpec",
     "load",
     "parse",
 ]
@@ -67,6 +73,42 @@ def _fraction(value: Any) -> Any:
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
         raise ValueError("write a share of all values as a percentage from 0% to 100%, or as a number below 1")
     return float(number)
+
+
+_POWERS = {"ns": 0, "us": 3, "ms": 6, "s": 9, "min": 9, "h": 9}
+_SECONDS = {"min": 60, "h": 3600}
+
+
+def _duration(value: Any) -> Any:
+    """`20ms` in whole nanoseconds; a bare number could be of any unit, so it is refused."""
+    match = (
+        re.fullmatch(rf"(-?\d{{1,12}}(?:\.\d{{1,9}})?) ?({'|'.join(_POWERS)})", value)
+        if isinstance(value, str)
+        else None
+    )
+    if match is None:
+        raise ValueError("write a number and its unit: ns, us, ms, s, min or h, like 20ms or 1.5s")
+    number = decimal.Decimal(match[1]).scaleb(_POWERS[match[2]]) * _SECONDS.get(match[2], 1)
+    if number != int(number) or abs(number) > _LONGEST_NS:
+        raise ValueError("write whole nanoseconds, and at most 100 years")
+    return int(number)
+
+
+_LONGEST_NS = 100 * 366 * 86_400 * 10**9
+
+
+def _ppm(value: Any) -> Any:
+    match = re.fullmatch(r"(-?\d{1,5}(?:\.\d{1,6})?) ?ppm", value) if isinstance(value, str) else None
+    if match is None or abs(float(match[1])) > 10_000:
+        raise ValueError("write parts per million with their unit, from -10000ppm to 10000ppm, like 40ppm")
+    return float(match[1])
+
+
+def _from_field(value: Any) -> Any:
+    match = re.fullmatch(r"from ([a-z0-9][a-z0-9_-]{0,63})", value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("write from and the name of a field, like: from video")
+    return match[1]
 
 
 def _version(value: Any) -> Any:
@@ -100,11 +142,44 @@ OneOrMore = Annotated[Any, PlainValidator(_one_or_more)]
 """A text, which stays one, or a list of them."""
 
 
+Duration = Annotated[int, BeforeValidator(_duration)]
+"""In ns."""
+Length = Annotated[int, BeforeValidator(_duration), Field(ge=1)]
+
+
+class WindowsSpec(_Node):
+    """How recordings are cut: a window every so often of some length (default: as long as they are apart), or one per event."""
+
+    every: Length | None = None
+    length: Length | None = None
+    per: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "WindowsSpec":
+        if (self.every is None) == (self.per is None) or (self.length is not None and self.per is not None):
+            raise ValueError("write {every: 1s, length: 2s}, or {per: FIELD} for a window at each event of a field")
+        return self
+
+    @model_serializer
+    def _filled(self) -> dict[str, Any]:
+        return {"every": self.every, "length": self.every if self.length is None else self.length, "per": self.per}
+
+
+class ClockSpec(_Node):
+    """A stream's clock: the recording's time is (stream's time + offset) × (1 + drift). `unit` is of a sensor's column."""
+
+    unit: Literal["ns", "us", "ms", "s"] = "s"
+    offset: Duration = 0
+    drift: Annotated[float, BeforeValidator(_ppm)] = 0.0
+    estimate: Annotated[Text | None, BeforeValidator(_from_field)] = None
+
+
 class SourceSpec(_Node):
     """Where the samples come from: files at one path or several, with patterns (`*`) and lists (`{00..99}`); or one folder."""
 
-    type: Literal["manifest", "folder", "webdataset", "parquet"]
+    type: Literal["manifest", "folder", "webdataset", "parquet", "streams"]
     path: Texts
+    windows: WindowsSpec | None = None
 
 
 class ColumnsSpec(_Node):
@@ -121,12 +196,25 @@ class FieldSpec(_Node):
 
     `from` names a column of a manifest or a Parquet file; of a folder it is a pattern of paths, of a webdataset an
     extension, or a list of them. `read` says whether a column holds the value itself (`inline`) or its file's path (`file`);
-    without it a manifest's texts are inline and its other values files, and a Parquet file's all inline.
+    without it a manifest's texts are inline and its other values files, and a Parquet file's all inline. The others are of
+    timed streams: `time` and `channels` are columns of a sensor's file.
     """
 
-    modality: Literal["text", "image", "audio"]
+    modality: Literal["text", "image", "audio", "sensor"]
     from_: OneOrMore = Field(alias="from")
     read: Literal["inline", "file"] | None = None
+    clock: ClockSpec | None = None
+    policy: Literal["nearest", "previous", "linear", "window", "overlap"] | None = None
+    tolerance: Length | None = None
+    staleness: Length | None = None
+    time: Text | None = None
+    channels: Texts | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What is said of a corpus that is stored already stays as it was.
+        written: dict[str, Any] = handler(self)
+        return {key: value for key, value in written.items() if value is not None or key not in TIMED}
 
 
 class CorpusSpec(_Node):

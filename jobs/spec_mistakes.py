@@ -20,7 +20,7 @@ __all__ = ["Document", "Mistake", "Place", "document", "of_references", "of_shap
 MAX_DEPTH = 20
 MAX_LISTED = 50
 MAX_NUMBER = 64
-LATER = {"video", "sensor"}
+LATER = {"video"}
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 NAME_RULE = "small letters, digits, '-' and '_', beginning with a letter or digit, at most 64"
 
@@ -181,6 +181,8 @@ def _keys_at(place: Place, model: type[BaseModel]) -> list[str]:
         if isinstance(here, type) and issubclass(here, BaseModel):
             fields = {info.alias or name: info.annotation for name, info in here.model_fields.items()}
             here = fields[str(part)]
+            if type(None) in typing.get_args(here):
+                here = typing.get_args(here)[0]
         else:
             here = typing.get_args(here)[-1]
     return [info.alias or name for name, info in here.model_fields.items()]
@@ -197,6 +199,90 @@ def of_references(tree: Document) -> Iterator[Mistake]:
             yield from _repeated((section, name, "views"), entry.get("views"), tree)
     yield from _of_encoders(tree)
     yield from _of_source(tree)
+    yield from _of_streams(tree)
+
+
+TIMED = ("clock", "policy", "tolerance", "staleness", "time", "channels")
+"""Keys of a field that only timed streams have."""
+
+POLICIES = {
+    "image": ("nearest", "previous"),
+    "audio": ("window",),
+    "text": ("overlap", "nearest", "previous", "window"),
+    "sensor": ("window", "nearest", "previous", "linear"),
+}
+"""Modality -> how its values may be chosen for a window; the first where nothing is said."""
+
+
+def _of_streams(tree: Document) -> Iterator[Mistake]:
+    """What only a corpus of timed streams may have, or what one lacks."""
+    corpus = tree.value.get("corpus")
+    source = corpus.get("source") if isinstance(corpus, dict) else None
+    if not isinstance(source, dict):
+        return
+    fields, place = _entries(corpus, "fields"), ("corpus", "source")
+    if source.get("type") != "streams":
+        if "windows" in source:
+            yield tree.mistake((*place, "windows"), "only recordings are cut into windows: write type: streams")
+        for name, field in fields.items():
+            for key in sorted(field.keys() & set(TIMED)):
+                yield tree.mistake(("corpus", "fields", name, key), "only timed streams have it: write type: streams")
+        return
+    if "windows" not in source:
+        yield tree.mistake(place, "windows is missing; add it, e.g. windows: {every: 1s, length: 2s}")
+    per = source["windows"].get("per") if isinstance(source.get("windows"), dict) else None
+    cut = [name for name, each in fields.items() if each.get("modality") in ("text", "sensor") and not _estimated(each)]
+    if isinstance(per, str) and per not in cut:
+        told = f"{_shown(per)} is no text or sensor field with a clock that is given; allowed: {_listed(cut) or 'none'}"
+        yield tree.mistake((*place, "windows", "per"), told + _nearest(per, cut))
+    for name, field in fields.items():
+        for at, told in _of_stream(name, field, fields):
+            yield tree.mistake(("corpus", "fields", name, *at), told)
+
+
+def _estimated(field: Mapping[str, Any]) -> bool:
+    return isinstance(field.get("clock"), dict) and "estimate" in field["clock"]
+
+
+def _of_stream(name: str, field: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+    modality = field.get("modality")
+    allowed = POLICIES.get(modality, ()) if isinstance(modality, str) else ()
+    policy = field.get("policy", allowed[0] if allowed else None)
+    if allowed and policy not in allowed:
+        yield ("policy",), f"{_shown(policy)} is not for {modality}; allowed: {', '.join(allowed)}"
+    if policy == "nearest" and "tolerance" not in field:
+        told = "needs a tolerance, e.g. tolerance: 20ms: without one the last value would stand for all that the stream lacks"
+        yield (), f"policy nearest {told}"
+    if "read" in field:
+        yield ("read",), "a stream is a file always; leave it out"
+    if modality != "sensor":
+        for key in ("time", "channels"):
+            if key in field:
+                yield (key,), "only a sensor's file has columns; leave it out"
+    clock = field.get("clock")
+    if not isinstance(clock, dict):
+        return
+    if "unit" in clock and modality != "sensor":
+        yield ("clock", "unit"), "only a sensor's column of times has a unit; leave it out"
+    if isinstance(clock.get("estimate"), str):
+        yield from _of_estimate(name, field, clock["estimate"].removeprefix("from "), fields)
+
+
+def _of_estimate(
+    name: str, field: Mapping[str, Any], reference: str, fields: Mapping[str, Any]
+) -> Iterator[tuple[Place, str]]:
+    able = [
+        other
+        for other, each in fields.items()
+        if other != name and each.get("modality") in ("image", "audio", "sensor") and not _estimated(each)
+    ]
+    if reference not in able:
+        told = f"{_shown(reference)} is no other image, audio or sensor field with a clock that is given"
+        yield ("clock", "estimate"), f"{told}; allowed: {_listed(able) or 'none'}{_nearest(reference, able)}"
+    if field.get("modality") == "text":
+        yield ("clock", "estimate"), "the clock of texts cannot be measured; write its offset and drift"
+    if "drift" in field["clock"]:
+        yield ("clock", "drift"), "is measured with the offset; leave it out (an offset may be given as a first guess)"
 
 
 def _references(spec: Any) -> Iterator[tuple[Place, Any, list[str], str]]:

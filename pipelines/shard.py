@@ -37,7 +37,7 @@ from featurestore.tombstones import CHANGED, GONE, SCHEMA, TOMBSTONES
 from pipelines.reference_blocks import packed, unpacked
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
 from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
-from pipelines.sources import Sample, SampleRef, Source, Value, open_source
+from pipelines.sources import Missing, Sample, SampleRef, Source, Value, open_source
 
 SHARDS_PER_RANGE = 32
 _BATCH = 65_536
@@ -188,9 +188,9 @@ def scan(source: Source, known: Known) -> Ingest:
     return Ingest(digest.key(), samples, size, counts[SAME], counts[CHANGED], gone)
 
 
-def _same_value(member: dict[str, Any], value: Value | None) -> bool:
-    if value is None:
-        return bool(member["miss_reason"] == "absent")
+def _same_value(member: dict[str, Any], value: Value | Missing | None) -> bool:
+    if value is None or isinstance(value, Missing):
+        return bool(member["miss_reason"] == (value.reason if value else "absent"))
     try:
         return bool(member["digest"] == input_digest(value.fetch()))
     except DecodeError:

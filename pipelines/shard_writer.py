@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from featurestore import artefact, media
 from featurestore.catalog import Entry
-from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, ROWS, member_header
+from featurestore.corpora import MEDIA, MEMBER, MISSES, QUARANTINE, ROWS, member_header
 from featurestore.errors import DecodeError
 from featurestore.identity import ids_sha256, input_digest
 from featurestore.references import from_root, relative
@@ -30,7 +30,7 @@ from pipelines.attempts import attempt
 from pipelines.decode_apart import DecodeApart
 from pipelines.quarantine import place_rejected, rejection
 from pipelines.runner import Result, result, typed
-from pipelines.sources import Referable, Sample, SampleRef, Value, open_source
+from pipelines.sources import Missing, Referable, Sample, SampleRef, Value, open_source
 
 _FETCH_THREADS = 8
 _FETCH_AHEAD = 64
@@ -51,8 +51,8 @@ class Fetched(NamedTuple):
     digest: bytes
 
 
-Fetch = Fetched | DecodeError | None
-"""A fetched value, why it was rejected, or None where the source has none."""
+Fetch = Fetched | DecodeError | Missing
+"""A fetched value, why it was rejected, or why there is none."""
 
 
 @typed
@@ -165,7 +165,7 @@ class ShardWriter:
             "media": media,
             "quarantine": quarantine,
             "tried": sum(
-                member["present"] or member["miss_reason"] != "absent" for row in members for member in row.values()
+                member["present"] or member["miss_reason"] not in MISSES for row in members for member in row.values()
             ),
             "rejected": len(rejected),
             "example": f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else "",
@@ -214,8 +214,8 @@ class ShardWriter:
             row = {}
             for field, (value, fetched) in values.items():
                 row[field] = self._member(sample.id, field, value, fetched, tar)
-                if isinstance(fetched, DecodeError) and value is not None:
-                    rejected.append(rejection(sample.id, field, "shard", fetched, value.source))
+                if isinstance(fetched, DecodeError):
+                    rejected.append(rejection(sample.id, field, "shard", fetched, row[field]["source"]))
             samples.append(sample)
             members.append(row)
         return samples, members, rejected
@@ -224,14 +224,13 @@ class ShardWriter:
         self,
         sample_id: str,
         field: str,
-        value: Value | None,
+        value: Value | Missing | None,
         fetched: Fetch,
         tar: "_TarWriter",
     ) -> dict[str, Any]:
-        source = value.source if value is not None else None
-        if fetched is None or isinstance(fetched, DecodeError):
-            reason = "absent" if fetched is None else fetched.reason
-            return {"present": False, "miss_reason": reason, "source": source}
+        source = None if value is None or isinstance(value, Missing) else value.source
+        if isinstance(fetched, DecodeError | Missing):
+            return {"present": False, "miss_reason": fetched.reason, "source": source}
         raw, digest = fetched
         ext = _extension(self.corpus["fields"][field]["modality"], raw)
         uri, offset = self._address(value)
@@ -241,7 +240,7 @@ class ShardWriter:
             "present": True, "offset": offset, "size": len(raw), "digest": digest, "ext": ext, "source": source, "uri": uri,
         }  # fmt: skip
 
-    def _address(self, value: Value | None) -> tuple[str | None, int]:
+    def _address(self, value: Value | Missing | None) -> tuple[str | None, int]:
         """Where a value is referred to, relative to the root, and its offset there; None where it goes into the tar.
 
         Besides all of `media: copy` these are values in no file of their own (a manifest's texts, a Parquet file's cells), and
@@ -250,7 +249,9 @@ class ShardWriter:
         address = value.address if self._media == "reference" and isinstance(value, Referable) else None
         return (None, 0) if address is None else (relative(self.storage, address[0]), address[1])
 
-    def _fetch(self, references: list[SampleRef]) -> Iterator[tuple[Sample, dict[str, tuple[Value | None, Fetch]]]]:
+    def _fetch(
+        self, references: list[SampleRef]
+    ) -> Iterator[tuple[Sample, dict[str, tuple[Value | Missing | None, Fetch]]]]:
         """Samples with their raw values, in order; fetched ahead in threads."""
         waiting: deque[tuple[Sample, int, Future[Any]]] = deque()
         ahead = 0
@@ -265,14 +266,13 @@ class ShardWriter:
             for first, _, values in waiting:
                 yield first, values.result()
 
-    def _fetch_one(self, sample: Sample) -> dict[str, tuple[Value | None, Fetch]]:
-        return {
-            field: (value, self._checked(field, value) if value is not None else None)
-            for field, value in sample.values.items()
-        }
+    def _fetch_one(self, sample: Sample) -> dict[str, tuple[Value | Missing | None, Fetch]]:
+        return {field: (value, self._checked(field, value)) for field, value in sample.values.items()}
 
-    def _checked(self, field: str, value: Value) -> Fetched | DecodeError:
+    def _checked(self, field: str, value: Value | Missing | None) -> Fetch:
         """The value, or why it is rejected already here: what needs no decoder, and what no view would ever decode."""
+        if value is None or isinstance(value, Missing):
+            return value or Missing("absent")
         try:
             raw = value.fetch()
             if not raw:

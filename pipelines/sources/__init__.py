@@ -59,14 +59,20 @@ class Referable(Protocol):
         ...
 
 
+class Missing(NamedTuple):
+    """A value that is not there for another reason than that the source has none: one of `featurestore.corpora.MISSES`."""
+
+    reason: str
+
+
 class Sample(NamedTuple):
-    """A sample as the source gives it: kept columns, and a value or None (absent) for each field."""
+    """A sample as the source gives it: kept columns, and a value, Missing, or None (absent) for each field."""
 
     id: str
     group: str
     etag: str
     columns: dict[str, Any]
-    values: dict[str, Value | None]
+    values: dict[str, Value | Missing | None]
 
 
 class Source(Protocol):

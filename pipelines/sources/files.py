@@ -53,6 +53,16 @@ class FileValue(NamedTuple):
         """The file's bytes; DecodeError `unreadable` or `too_large`."""
         return _told(lambda: _tried(self._content, self.uri), self.source)
 
+    def open(self) -> io.BufferedReader:
+        """The file, to be read in pieces; DecodeError `unreadable`."""
+        return _told(lambda: _tried(self._open, self.uri), self.source)
+
+    def _open(self) -> io.BufferedReader:
+        fs, path = filesystem(self.uri)
+        if (kind := fs.info(path)["type"]) != "file":
+            raise ValueError(f"no file but a {kind if kind != 'other' else 'device or pipe'}")
+        return io.BufferedReader(fs.open(path, "rb"))
+
     def _content(self) -> bytes:
         """All of the file, read up to the limit where its size is not known."""
         fs, path = filesystem(self.uri)
@@ -261,7 +271,7 @@ def too_large(size: int) -> DecodeError:
     return DecodeError("too_large", f"{size} bytes; at most {MAX_VALUE_BYTES} are allowed")
 
 
-def _told(fetch: Callable[[], bytes], source: str) -> bytes:
+def _told(fetch: Callable[[], _Got], source: str) -> _Got:
     try:
         return fetch()
     except (DecodeError, MemoryError):

@@ -166,7 +166,7 @@ class RowSource(ABC):
                 )
             kept = {name: value for name, value in row.columns.items() if name not in self._taken}
             columns = {printable(name): printable(value) for name, value in kept.items()} | self._times(row)
-            yield Sample(sample_id, group, reference.etag, columns, row.values)
+            yield Sample(sample_id, group, reference.etag, columns, dict(row.values))
 
 
 def inline(value: Any, source: str) -> InlineText:

@@ -8,11 +8,11 @@ import pyarrow.compute as pc
 
 from featurestore import artefact
 from featurestore.catalog import Catalog, Snapshot
-from featurestore.corpora import QUARANTINE, Corpus
+from featurestore.corpora import MISSES, QUARANTINE, Corpus
 from featurestore.errors import DecodeError, InputError
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
-from pipelines.sources import Sample, SampleRef, Source, Value
+from pipelines.sources import Missing, Sample, SampleRef, Source, Value
 
 
 class _Stored(NamedTuple):
@@ -115,20 +115,20 @@ class StoredShards:
                 )
             own = {"id", "group", "etag", *self._corpus.fields}
             columns = {name: value for name, value in stored.items() if name not in own and value is not None}
-            values = {
+            values: dict[str, Value | Missing | None] = {
                 field: self._value(reference, field, stored[field], details[shard]) for field in self._corpus.fields
             }
             yield Sample(reference.id, reference.group, reference.etag, columns, values)
 
     def _value(
         self, reference: SampleRef, field: str, member: dict[str, Any], details: dict[tuple[str, str], str]
-    ) -> Value | None:
+    ) -> Value | Missing:
         if member["present"]:
             address = None if member["uri"] is None else (f"{self._root}/{member['uri']}", member["offset"])
             source = member["source"] or ""
             return _Stored(self._corpus, reference.uri, reference.offset, field, member["size"], source, address)
-        if member["miss_reason"] == "absent":
-            return None
+        if member["miss_reason"] in MISSES:
+            return Missing(member["miss_reason"])
         detail = details.get((reference.id, field), "")
         return _Rejected(member["miss_reason"], detail, member["source"] or "")
 

@@ -105,7 +105,7 @@ ONE_MISTAKE = [
     ("modality: image", "modality: video", "line 8: corpus.fields.image.modality: 'video' is not allowed here (that"),
     ("caption: {modality: text, from", "'Cap.tion': {modality: text, from", "'Cap.tion' is not a name"),
     ("from: sound_path", "form: sound_path", "line 10: corpus.fields.sound.form: is not a key of this section"),
-    ("from: sound_path", "form: sound_path", "allowed: modality, from, read; did you mean 'from'?"),
+    ("from: sound_path", "form: sound_path", "staleness, time, channels; did you mean 'from'?"),
     ("budget: 1%", "budget: 1", "line 11: corpus.failure_budget: 1 is wrong: write a share of all values"),
     ("budget: 1%", "budget: 101%", "line 11: corpus.failure_budget: '101%' is wrong"),
     ("budget: 1%", "budget: .nan", "line 11: corpus.failure_budget: NaN is wrong"),

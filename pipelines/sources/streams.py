@@ -1,0 +1,191 @@
+"""Timed streams: a manifest of recordings, each several files of one thing, cut into windows: one sample a window.
+
+The manifest's columns are as `manifest` reads them; a field's `from` names the column of its file. A sample's id is
+`<recording>/<number of the window>`, its group the recording's, its `event_timestamp` the window's anchor where the manifest
+tells the recording's start. Kept beside the manifest's columns are `begin_ns` and `end_ns` of the window on the recording's
+clock, and for each field `<field>_residual_ns`; of a clock that is measured, `<field>_offset_ns`, `<field>_drift_ppm`,
+`<field>_offset_error_ns` and `<field>_certainty`, as `synchronize.clocks.Estimate` tells them.
+"""
+
+import itertools
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from featurestore.errors import InputError
+from featurestore.identity import check_id, digest_of
+from pipelines import sources
+from pipelines.sources import Sample, SampleRef, Source
+from pipelines.sources.files import FileValue
+from pipelines.synchronize.clocks import Estimate
+from pipelines.synchronize.recording import Recording, Window
+
+BATCH = 256
+"""Recordings that are read from the manifest at once."""
+
+
+def open_source(corpus: dict[str, Any]) -> Source:
+    """The recordings that a corpus's `source.path` names."""
+    return Streams(corpus)
+
+
+def filled(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields with what their spec leaves out."""
+    clock = {"unit": "s", "offset": 0, "drift": 0.0, "estimate": None}
+    return {
+        name: {"policy": DEFAULT_POLICY[field["modality"]], "tolerance": None, "staleness": None}
+        | {"time": "time", "channels": None}
+        | field
+        | {"clock": {**clock, **(field.get("clock") or {})}}
+        for name, field in fields.items()
+    }
+
+
+DEFAULT_POLICY = {"image": "nearest", "audio": "window", "text": "overlap", "sensor": "window"}
+
+
+class _Pass(NamedTuple):
+    """A pass over a recording that can go on from its window `next`."""
+
+    recording: SampleRef
+    next: int
+    samples: Iterator[Sample]
+
+
+class Streams:
+    """Recordings."""
+
+    def __init__(self, corpus: dict[str, Any]) -> None:
+        self._fields, self._windows = filled(corpus["fields"]), corpus["source"]["windows"]
+        files = {
+            name: {"modality": field["modality"], "from": field["from"], "read": "file"}
+            for name, field in self._fields.items()
+        }
+        self._thread = threading.local()
+        self._recordings = sources.open_source(
+            {**corpus, "source": {**corpus["source"], "type": "manifest"}, "fields": files}
+        )
+
+    def remarks(self) -> list[str]:
+        """What the manifest of the recordings has to say."""
+        return self._recordings.remarks()
+
+    def whole(self) -> bool:
+        """Whether all of that manifest was there."""
+        return self._recordings.whole()
+
+    def references(self) -> Iterator[SampleRef]:
+        """Every window; InputError names a recording of too many windows, or whose columns stand for ours."""
+        found = self._recordings.references()
+        while batch := list(itertools.islice(found, BATCH)):
+            for reference, sample in zip(batch, self._recordings.samples(batch), strict=True):
+                yield from self._cut(reference, sample)
+
+    def _cut(self, reference: SampleRef, sample: Sample) -> Iterator[SampleRef]:
+        if clash := sorted((sample.columns.keys() | self._fields.keys()) & self._own_columns()):
+            raise InputError(
+                f"{self._recordings.place(reference)}: a column or field {clash[0]!r} would stand for a window's own column; "
+                "rename it"
+            )
+        recording = self._recording(sample)
+        etag, size = digest_of(reference.etag, self._windows), recording.bytes_per_window()
+        check_id(_id(sample.id, 0), self._recordings.place(reference))
+        begins = itertools.chain.from_iterable(chunk.begin_ns for chunk in recording.windows())
+        for number, _ in enumerate(begins):
+            yield reference._replace(id=_id(sample.id, number), etag=etag, bytes=size)
+
+    def _recording(self, sample: Sample) -> Recording:
+        files = {name: value if isinstance(value, FileValue) else None for name, value in sample.values.items()}
+        return Recording(sample.id, files, self._fields, self._windows)
+
+    def columns(self) -> set[str]:
+        """Names of the manifest's columns, and of those that a window has."""
+        return self._recordings.columns() | self._own_columns()
+
+    def _own_columns(self) -> set[str]:
+        residuals = {f"{name}_residual_ns" for name in self._fields}
+        measured = [name for name, field in self._fields.items() if field["clock"]["estimate"] is not None]
+        return {"begin_ns", "end_ns"} | residuals | {f"{name}_{told}" for name in measured for told in _TOLD}
+
+    def unmatched(self) -> dict[str, str]:
+        """Field -> its `from`, of the fields that no recording has a column of."""
+        return self._recordings.unmatched()
+
+    def place(self, reference: SampleRef) -> str:
+        """The manifest, the recording's line and the window."""
+        recording, number = _parts(reference)
+        return f"{self._recordings.place(recording)}, window {number}"
+
+    def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
+        """Some windows, in the order given. Each stretch of one recording that ascends takes one pass over its files."""
+        for stretch in _stretches(references):
+            if len(stretch) == 1:
+                yield self._one(stretch[0])
+            else:
+                yield from self._read(stretch[0], [_parts(reference)[1] for reference in stretch])
+
+    def _read(self, first: SampleRef, numbers: Sequence[int]) -> Iterator[Sample]:
+        """Windows of the recording that a window is of, by their numbers."""
+        recording_ref, _ = _parts(first)
+        (sample,) = self._recordings.samples([recording_ref])
+        recording = self._recording(sample)
+        for window in recording.read(numbers):
+            columns = self._columns_of(sample, recording, window)
+            yield Sample(_id(sample.id, window.number), sample.group, first.etag, columns, window.values)
+
+    def _one(self, reference: SampleRef) -> Sample:
+        """One window. Who asks for one after the other, to compare them with what is stored, goes on in the same pass."""
+        recording, number = _parts(reference)
+        held: _Pass | None = getattr(self._thread, "held", None)
+        if held is None or held.recording != recording or held.next > number:
+            count = sum(len(chunk.begin_ns) for chunk in self._opened(recording).windows())
+            held = _Pass(recording, number, self._read(reference, range(number, max(count, number + 1))))
+        self._thread.held = held._replace(next=number + 1)
+        return next(sample for sample in held.samples if sample.id == reference.id)
+
+    def _opened(self, recording: SampleRef) -> Recording:
+        (sample,) = self._recordings.samples([recording])
+        return self._recording(sample)
+
+    def _columns_of(self, sample: Sample, recording: Recording, window: Window) -> dict[str, Any]:
+        columns = {**sample.columns, "begin_ns": window.begin_ns, "end_ns": window.end_ns}
+        if (start := sample.columns.get("event_timestamp")) is not None:
+            columns["event_timestamp"] = start + window.anchor_ns
+        columns |= {f"{name}_residual_ns": residual for name, residual in window.residual_ns.items()}
+        for name, field in self._fields.items():
+            if field["clock"]["estimate"] is not None:
+                columns |= {f"{name}_{key}": told for key, told in _told(recording.estimates.get(name)).items()}
+        return columns
+
+
+_TOLD = ("offset_ns", "drift_ppm", "offset_error_ns", "certainty")
+
+
+def _told(found: object) -> dict[str, Any]:
+    if not isinstance(found, Estimate):
+        return dict.fromkeys(_TOLD)
+    values = (found.clock.offset_ns, found.clock.drift_ppm, found.offset_error_ns, found.certainty)
+    return dict(zip(_TOLD, values, strict=True))
+
+
+def _id(recording: str, number: int) -> str:
+    # As many digits as MAX_WINDOWS needs: ids ascend with time.
+    return f"{recording}/{number:07d}"
+
+
+def _parts(reference: SampleRef) -> tuple[SampleRef, int]:
+    """The reference of a window's recording, and the window's number."""
+    recording, _, number = reference.id.rpartition("/")
+    return reference._replace(id=recording), int(number)
+
+
+def _stretches(references: Iterable[SampleRef]) -> Iterator[list[SampleRef]]:
+    """References of one recording whose windows ascend, as long as they do."""
+    stretch: list[SampleRef] = []
+    for reference in references:
+        if stretch and (reference[4:] != stretch[-1][4:] or reference.id <= stretch[-1].id):
+            yield stretch
+            stretch = []
+        stretch.append(reference)
+    if stretch:
+        yield stretch

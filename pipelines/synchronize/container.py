@@ -1,0 +1,113 @@
+"""Media files as FFmpeg reads them, opened so that a file can name no other, and the times in them as int64 nanoseconds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import av
+
+from featurestore import media
+from featurestore.errors import DecodeError
+from pipelines.sources.files import FileValue
+
+FORMATS = "aac,asf,avi,flac,flv,matroska,webm,mov,mp4,m4a,mp3,mpeg,mpegts,mxf,ogg,wav,w64"
+"""FFmpeg's names of the containers that are read. Playlists, and lists of files, are none of them: they open other files."""
+
+CHUNK = 4096
+"""Events in a chunk, at the most."""
+
+
+Kind = Literal["video", "audio"]
+
+
+class NoStream(Exception):
+    """A media file without a stream of the kind that is asked for: a video with no audio."""
+
+
+def nanoseconds(ticks: int, time_base: Fraction) -> int:
+    """A time in ticks, in nanoseconds; half of one is rounded up."""
+    return (2 * ticks * time_base.numerator * 10**9 + time_base.denominator) // (2 * time_base.denominator)
+
+
+@contextmanager
+def opened(file: FileValue, kind: Kind) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container, and its first stream of a kind (a picture of the cover is none).
+
+    Raises:
+        NoStream: there is none.
+        DecodeError: `unreadable`; `unsupported_format`; `decode_error`, also of what PyAV raises inside the context;
+            `too_large` where a picture has more pixels than `featurestore.media` allows.
+    """
+    with file.open() as raw, told(file.source):
+        with av.open(raw, "r", container_options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
+            for stream in getattr(container.streams, kind):
+                if not stream.disposition & stream.disposition.__class__.attached_pic:
+                    if kind == "video":
+                        _check_size(stream.codec_context, file.source)
+                    yield container, stream
+                    return
+            raise NoStream(f"{file.source} has no {kind}")
+
+
+def _check_size(context: Any, source: str) -> None:
+    if context.width * context.height > media.MAX_IMAGE_PIXELS:
+        raise DecodeError(
+            "too_large", f"{source}: {context.width} x {context.height} pixels; allowed: {media.MAX_IMAGE_PIXELS}"
+        )
+    context.options = {"max_pixels": str(media.MAX_IMAGE_PIXELS)}
+
+
+@contextmanager
+def told(source: str) -> Iterator[None]:
+    """Makes DecodeErrors of what FFmpeg raises."""
+    try:
+        yield
+    except (DecodeError, NoStream, MemoryError, GeneratorExit):
+        raise
+    except av.error.FFmpegError as error:
+        # FFmpeg calls a container that is not allowed an invalid argument.
+        unknown = isinstance(error, av.error.InvalidDataError | av.error.DemuxerNotFoundError | av.error.ArgumentError)
+        what = "no media that is read here, or damaged" if unknown else error.strerror or type(error).__name__
+        raise DecodeError("decode_error", f"{source}: {what}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DecodeError(
+            "unreadable", f"{source}: {getattr(error, 'strerror', None) or type(error).__name__}"
+        ) from error
+
+
+class Header(NamedTuple):
+    """What a file says of a stream before it is read.
+
+    Args:
+        span_ns: when it begins and ends in its own time; None where the header does not say.
+        bytes_per_s: of its sound, decoded; 0 of a video.
+        frame_bytes: of a decoded frame; 0 of sound.
+    """
+
+    span_ns: tuple[int, int] | None
+    bytes_per_s: int
+    frame_bytes: int
+
+
+def header(file: FileValue, kind: Kind) -> Header:
+    """What the header says, which need not be so. Raises as `opened`."""
+    with opened(file, kind) as (container, stream):
+        context = stream.codec_context
+        per_s = 2 * stream.rate * stream.channels if kind == "audio" else 0
+        frame = 3 * context.width * context.height if kind == "video" else 0
+        return Header(_span(container, stream), per_s, frame)
+
+
+def _span(container: Any, stream: Any) -> tuple[int, int] | None:
+    begin = stream.start_time
+    if begin is not None and stream.duration and stream.duration > 0:
+        return nanoseconds(begin, stream.time_base), nanoseconds(begin + stream.duration, stream.time_base)
+    if container.duration and container.duration > 0:
+        # Of the container FFmpeg tells microseconds.
+        first = container.start_time or 0
+        if container.format.name.startswith("matroska"):
+            # A Matroska's duration counts from 0.
+            return first * 1000, max(first, container.duration) * 1000
+        return first * 1000, (first + container.duration) * 1000
+    return None

@@ -1,0 +1,414 @@
+"""One recording: its streams on one clock, its windows, and the value of each stream in each window.
+
+Nothing of a stream is held but what the windows in hand need: its times are merged with the windows in one pass, and its
+values are read beside that in another. A stream that is measured against another one is read once more before, and so is that.
+
+A stream that breaks off with an error is good up to there: of later windows its value is that error.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from featurestore.errors import DecodeError, InputError
+from pipelines.sources import Missing, Value
+from pipelines.sources.files import FileValue
+from pipelines.sources.rows import InlineText
+from pipelines.synchronize import TIME_LIMIT_NS, Events, WindowChunk, audio, container, sensor, subtitles, video
+from pipelines.synchronize.clocks import STEP_NS, Clock, Envelope, Estimate, Weak, estimate, grid
+from pipelines.synchronize.container import NoStream
+from pipelines.synchronize.merge import REASONS, Matches, align
+from pipelines.synchronize.windows import every, per_event
+
+__all__ = ["MAX_WINDOWS", "Recording", "Window"]
+
+MAX_WINDOWS = 10_000_000
+"""In a recording."""
+
+CHUNK = 256
+"""Windows that are merged at once."""
+
+_TEXT_BYTES, _READING_BYTES = 200, 4096
+
+
+class Window(NamedTuple):
+    """One window of a recording, [begin, end) in ns, with what each field has in it.
+
+    Args:
+        values: field -> value, or why there is none.
+        residual_ns: field -> how far from what was asked for the value is, where there is one. Of sound: how much later than
+            the window its first sample is. Of others: Matches' `residual_ns`.
+    """
+
+    number: int
+    begin_ns: int
+    anchor_ns: int
+    end_ns: int
+    values: dict[str, Value | Missing | None]
+    residual_ns: dict[str, int | None]
+
+
+class _Refused(NamedTuple):
+    """A value that cannot be given."""
+
+    error: DecodeError
+    source: str
+
+    def stat(self) -> tuple[int, str]:
+        return 0, ""
+
+    def fetch(self) -> bytes:
+        raise self.error
+
+
+_Given = tuple[Value | Missing, int | None]
+
+
+class Recording:
+    """One recording.
+
+    Args:
+        name: what errors call it.
+        files: field -> its file, or None where the recording has none.
+        fields: the fields of a corpus of streams, as its spec has them.
+        windows: `every` and `length` in ns, or `per`, a field.
+    """
+
+    def __init__(
+        self, name: str, files: Mapping[str, FileValue | None], fields: Mapping[str, Any], windows: Mapping[str, Any]
+    ) -> None:
+        self._name, self._files, self._fields, self._windows = name, files, fields, windows
+        self._envelopes: dict[str, Envelope | DecodeError | Weak] = {}
+        self.estimates: dict[str, Estimate | DecodeError | Weak] = {}
+        """Field -> its measured clock, or why there is none; filled by `read`."""
+
+    def windows(self) -> Iterator[WindowChunk]:
+        """All windows, on the recording's clock; one at least.
+
+        Windows at a fixed distance begin at whole multiples of it, from the first event of any stream to the last, of those
+        whose clock is not measured.
+
+        Raises:
+            InputError: more than MAX_WINDOWS.
+        """
+        if self._windows["per"] is not None:
+            cut = per_event(self._whole(self._windows["per"]))
+        else:
+            step, length = self._windows["every"], self._windows["length"]
+            first, last = self._extent()
+            first = first // step * step
+            if (last - first) // step >= MAX_WINDOWS:
+                raise InputError(
+                    f"recording {self._name!r}: its streams reach from {first / 1e9:.3f} s to {last / 1e9:.3f} s, more than "
+                    f"{MAX_WINDOWS} windows; correct the unit or the offset of a field's clock, or windows.every"
+                )
+            cut = every(first, last, step, length)
+        count = 0
+        for chunk in cut:
+            count += len(chunk.begin_ns)
+            if count > MAX_WINDOWS:
+                raise InputError(f"recording {self._name!r}: more than {MAX_WINDOWS} windows; name another windows.per")
+            yield chunk
+        if not count:
+            yield WindowChunk(*(np.array([time], np.int64) for time in (0, 0, 1)))
+
+    def _extent(self) -> tuple[int, int]:
+        """From the first event of any stream to the last, on the recording's clock."""
+        spans = [
+            span
+            for name, field in self._fields.items()
+            if field["clock"]["estimate"] is None and (span := self._span(name)) is not None
+        ]
+        return (min(first for first, _ in spans), max(last for _, last in spans)) if spans else (0, 1)
+
+    def _span(self, name: str) -> tuple[int, int] | None:
+        header = self._header(name)
+        if header is not None and header.span_ns is not None:
+            first, last = self._clock(name).to_reference(np.array(header.span_ns, np.int64))
+            return int(first), int(last)
+        first_ns, last_ns = TIME_LIMIT_NS, -TIME_LIMIT_NS
+        for chunk in self._whole(name):
+            if len(chunk.start_ns):
+                first_ns = min(first_ns, int(chunk.start_ns[0]))
+                last_ns = max(last_ns, int(chunk.end_ns.max()))
+        return (first_ns, last_ns) if first_ns <= last_ns else None
+
+    def _header(self, name: str) -> container.Header | None:
+        file, kind = self._files[name], _MEDIA.get(self._fields[name]["modality"])
+        if file is None or kind is None:
+            return None
+        try:
+            return container.header(file, kind)
+        except (DecodeError, NoStream):
+            return None
+
+    def _whole(self, name: str) -> Iterator[Events]:
+        """A stream's events on the recording's clock, as far as they can be read."""
+        return iter(_Stream(self._events(name), self._clock(name)))
+
+    def _clock(self, name: str) -> Clock:
+        given = self._fields[name]["clock"]
+        return Clock(given["offset"], given["drift"])
+
+    def bytes_per_window(self) -> int:
+        """About how many bytes the values of a window have, decoded: from the headers of its files."""
+        length_s = (self._windows["length"] or 10**9) / 1e9
+        size = 0
+        for name, field in self._fields.items():
+            header = self._header(name)
+            if header is not None:
+                size += header.frame_bytes + round(header.bytes_per_s * length_s)
+            elif self._files[name] is not None:
+                size += _TEXT_BYTES if field["modality"] == "text" else _READING_BYTES
+        return size
+
+    def _events(self, name: str) -> Iterator[Events]:
+        file, field = self._files[name], self._fields[name]
+        if file is None:
+            return iter(())
+        if field["modality"] == "image":
+            return video.events(file)
+        if field["modality"] == "audio":
+            return audio.events(file)
+        if field["modality"] == "text":
+            return _of_cues(file)
+        return sensor.events(file, _layout(field))
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Window]:
+        """Some windows, by their numbers from 0, which must ascend, with their values.
+
+        Raises:
+            InputError: a number that the recording has no window of.
+        """
+        chunks = list(_chosen(self.windows(), numbers))
+        if not chunks or sum(len(chunk.begin_ns) for chunk in chunks) != len(numbers):
+            raise InputError(
+                f"recording {self._name!r} has no window {numbers[-1]} any more: its files changed while the job ran; run "
+                "it again"
+            )
+        given = {name: self._given(name, chunks) for name in self._fields}
+        left = iter(numbers)
+        for chunk in chunks:
+            for begin, anchor, end in zip(*(column.tolist() for column in chunk), strict=True):
+                found = {name: next(each) for name, each in given.items()}
+                yield Window(
+                    next(left), begin, anchor, end,
+                    {name: value for name, (value, _) in found.items()},
+                    {name: residual for name, (_, residual) in found.items()},
+                )  # fmt: skip
+
+    def _given(self, name: str, chunks: list[WindowChunk]) -> Iterator[_Given | tuple[None, None]]:
+        """What a field has in each window, in their order."""
+        file, field = self._files[name], self._fields[name]
+        if file is None:
+            return iter([(None, None)] * sum(len(chunk.begin_ns) for chunk in chunks))
+        clock = self._measured(name) if field["clock"]["estimate"] is not None else self._clock(name)
+        windows = (window for chunk in chunks for window in zip(*(column.tolist() for column in chunk), strict=True))
+        if not isinstance(clock, Clock):
+            value = Missing("no_clock") if isinstance(clock, Weak) else _Refused(clock, file.source)
+            return ((value, None) for _ in windows)
+        if field["modality"] == "audio":
+            return _sounds(file, field, clock, chunks)
+        return _matched(file, field, clock, chunks, self._events(name))
+
+    def _measured(self, name: str) -> Clock | DecodeError | Weak:
+        """The clock of a field, measured against another one."""
+        if name not in self.estimates:
+            self.estimates[name] = self._estimate(name, self._fields[name]["clock"]["estimate"])
+        found = self.estimates[name]
+        return found.clock if isinstance(found, Estimate) else found
+
+    def _estimate(self, name: str, reference: str) -> Estimate | DecodeError | Weak:
+        own, other = (self._envelope(each) for each in (name, reference))
+        if isinstance(own, DecodeError | Weak):
+            return own
+        if isinstance(other, DecodeError | Weak):
+            return Weak(f"of {reference}: {other}")
+        given = self._clock(name)
+        try:
+            # What is measured is what is left beside the offset that is given.
+            found = estimate((own[0] + given.offset_ns, own[1]), other)
+        except Weak as weak:
+            return weak
+        return found._replace(clock=found.clock._replace(offset_ns=found.clock.offset_ns + given.offset_ns))
+
+    def _envelope(self, name: str) -> Envelope | DecodeError | Weak:
+        """How strong a stream is over time; a reference's on the recording's clock, another's on its own."""
+        if name not in self._envelopes:
+            file, field = self._files[name], self._fields[name]
+            try:
+                if file is None:
+                    raise Weak("the recording has none")
+                samples = _strength(file, field)
+                if field["clock"]["estimate"] is None:
+                    clock = self._clock(name)
+                    samples = ((clock.to_reference(times), values) for times, values in samples)
+                self._envelopes[name] = grid(samples)
+            except NoStream as error:
+                self._envelopes[name] = Weak(str(error))
+            except (DecodeError, Weak) as error:
+                self._envelopes[name] = error
+        return self._envelopes[name]
+
+
+_MEDIA: dict[str, container.Kind] = {"image": "video", "audio": "audio"}
+
+
+def _layout(field: Mapping[str, Any]) -> sensor.Layout:
+    return sensor.Layout(field["time"], field["clock"]["unit"], tuple(field["channels"] or ()))
+
+
+def _of_cues(file: FileValue) -> Iterator[Events]:
+    yield from subtitles.events(subtitles.cues(file))
+
+
+def _strength(file: FileValue, field: Mapping[str, Any]) -> Iterator[Any]:
+    if field["modality"] == "image":
+        return video.brightness(file)
+    if field["modality"] == "audio":
+        return audio.loudness(file, STEP_NS)
+    return sensor.magnitude(file, _layout(field))
+
+
+def _chosen(windows: Iterable[WindowChunk], numbers: Sequence[int]) -> Iterator[WindowChunk]:
+    """Windows of some numbers, ascending, in chunks."""
+    wanted, done = np.array(numbers, np.int64), 0
+    for chunk in windows:
+        size = len(chunk.begin_ns)
+        own = wanted[np.searchsorted(wanted, done) : np.searchsorted(wanted, done + size)] - done
+        for start in range(0, len(own), CHUNK):
+            yield WindowChunk(*(column[own[start : start + CHUNK]] for column in chunk))
+        done += size
+        if not len(wanted) or done > wanted[-1]:
+            return
+
+
+class _Stream:
+    """Events on the recording's clock, up to where they can be read.
+
+    `error` is what ended them before their end, `read_to_ns` the time of the last before it.
+    """
+
+    def __init__(self, events: Iterable[Events], clock: Clock) -> None:
+        self._events, self._clock = events, clock
+        self.error: DecodeError | None = None
+        self.has_stream = True
+        self.read_to_ns = -TIME_LIMIT_NS
+
+    def __iter__(self) -> Iterator[Events]:
+        try:
+            for start, end, index in self._events:
+                yield Events(self._clock.to_reference(start), self._clock.to_reference(end), index)
+                if len(start):
+                    self.read_to_ns = int(self._clock.to_reference(start[-1:])[0])
+        except DecodeError as error:
+            self.error = error
+        except NoStream:
+            self.has_stream = False
+
+
+def _matched(
+    file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: list[WindowChunk], events: Iterator[Events]
+) -> Iterator[_Given]:
+    """What a stream of events has in each window."""
+    stream = _Stream(events, clock)
+    policy = field["policy"]
+    merged = align(iter(chunks), iter(stream), policy, field["tolerance"], field["staleness"])
+    value = _VALUES[field["modality"]](file, field, clock)
+    for chunk in chunks:
+        matches = None
+        try:
+            matches = next(merged, None)
+        except InputError as error:
+            # Of times that a file can hold and no recording has.
+            stream.error = DecodeError("decode_error", f"{file.source}: {error}")
+        asked = chunk.end_ns if policy in ("window", "overlap") else chunk.anchor_ns
+        for row in range(len(asked)):
+            if stream.error is not None and (matches is None or asked[row] > stream.read_to_ns):
+                yield _Refused(stream.error, file.source), None
+            elif matches is None or not stream.has_stream:
+                yield Missing("no_stream"), None
+            elif reason := int(matches.reason[row]):
+                yield Missing(REASONS[reason]), None
+            else:
+                yield _or_refused(value, file, chunk, matches, row), int(matches.residual_ns[row])
+
+
+def _or_refused(value: "_Values", file: FileValue, chunk: WindowChunk, matches: Matches, row: int) -> Value:
+    begin, end = int(chunk.begin_ns[row]), int(chunk.end_ns[row])
+    try:
+        return value(begin, end, int(matches.first[row]), int(matches.last[row]), float(matches.weight[row]))
+    except DecodeError as error:
+        return _Refused(error, file.source)
+
+
+_Values = Callable[[int, int, int, int, float], Value]
+"""(begin and end of a window in ns, first and last matched event, weight of the last) -> value, or DecodeError."""
+
+
+def _frames(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
+    frames = video.Frames(file)
+
+    def value(begin: int, end: int, first: int, last: int, weight: float) -> Value:
+        found = frames.get(first)
+        if isinstance(found, DecodeError):
+            raise found
+        return found
+
+    return value
+
+
+def _texts(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
+    cues: list[subtitles.Cue] = []
+
+    def value(begin: int, end: int, first: int, last: int, weight: float) -> Value:
+        cues.extend(() if cues else subtitles.cues(file))
+        matched = cues[first : last + 1]
+        if field["policy"] == "overlap":
+            times = clock.to_reference(np.array([cue[:2] for cue in matched], np.int64))
+            inside = (times[:, 1] > begin) | (times[:, 0] >= begin)
+            matched = [cue for cue, is_inside in zip(matched, inside, strict=True) if is_inside]
+        for cue in matched:
+            if cue.wrong is not None:
+                raise cue.wrong
+        return InlineText("\n".join(cue.text for cue in matched), file.source)
+
+    return value
+
+
+def _arrays(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
+    rows = sensor.Rows(file, _layout(field))
+
+    def value(begin: int, end: int, first: int, last: int, weight: float) -> Value:
+        found = rows.get(first, last)
+        if field["policy"] == "linear":
+            found = (found[:1] + weight * (found[-1:] - found[:1])) if weight else found[:1]
+        return sensor.Array(found, file.source)
+
+    return value
+
+
+_VALUES: dict[str, Callable[[FileValue, Mapping[str, Any], Clock], _Values]] = {
+    "image": _frames,
+    "text": _texts,
+    "sensor": _arrays,
+}
+
+
+def _sounds(file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: list[WindowChunk]) -> Iterator[_Given]:
+    """The clip of each window."""
+    clips = audio.Clips(file)
+    for chunk in chunks:
+        starts, ends = (clock.to_stream(times).tolist() for times in (chunk.begin_ns, chunk.end_ns))
+        for begin, start, end in zip(chunk.begin_ns.tolist(), starts, ends, strict=True):
+            found, first_ns = clips.get(start, end)
+            late_ns = int(clock.to_reference(np.array([first_ns]))[0]) - begin
+            if isinstance(found, DecodeError):
+                yield _Refused(found, file.source), None
+            elif isinstance(found, str):
+                yield Missing(found), None
+            elif field["tolerance"] is not None and late_ns > field["tolerance"]:
+                yield Missing("out_of_tolerance"), None
+            else:
+                yield found, late_ns

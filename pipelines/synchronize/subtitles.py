@@ -1,0 +1,102 @@
+"""Subtitles: the cues of an SRT or a WebVTT file with their texts, tags and all.
+
+Real files are read: a byte order mark, any line ends, cues out of order, overlapping, before time 0, without blank lines
+between them or without counters. Cues are sorted by their starts; of equal starts the one that stands first comes first. A
+cue whose times cannot be right is an event all the same, so that what it says is quarantined and not lost: one that ends
+before it starts stands at its start, one with no times to read at the start of the cue above it.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from featurestore.errors import DecodeError
+from pipelines.sources.files import FileValue
+from pipelines.synchronize import Events
+
+__all__ = ["Cue", "cues", "events"]
+
+MAX_BYTES = 16 << 20
+"""A day of speech is about 2 MB."""
+
+_TIME = r"(-?)(?:(\d{1,4}):)?(-?\d{1,4}):(\d{1,2})(?:[,.](\d{1,9}))?"
+_TIMING = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?$")
+
+
+class Cue(NamedTuple):
+    """One cue: [start, end) in ns, its text, or what is wrong with it."""
+
+    start_ns: int
+    end_ns: int
+    text: str
+    wrong: DecodeError | None = None
+
+
+def cues(file: FileValue) -> list[Cue]:
+    """All cues of a file that have a text, by their starts.
+
+    Raises:
+        DecodeError: `unreadable`, `too_large`, `invalid_utf8`; `unsupported_format` where no line has the times of a cue.
+    """
+    with file.open() as opened:
+        raw = opened.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise DecodeError("too_large", f"{file.source}: more than {MAX_BYTES} bytes")
+    try:
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DecodeError("invalid_utf8", f"{file.source}: byte {error.start}; save it as UTF-8") from None
+    lines = re.split(r"\r\n|\r|\n", text)
+    timings = [number for number, line in enumerate(lines) if "-->" in line]
+    if not timings and text.strip().removeprefix("WEBVTT").strip():
+        raise DecodeError("unsupported_format", f"{file.source}: no cue of an SRT or WebVTT file in it")
+    web = text.startswith("WEBVTT")
+    found: list[Cue] = []
+    for number, following in itertools.pairwise([*timings, len(lines)]):
+        said = _said(lines[number + 1 : following], web, last=following == len(lines))
+        if said:
+            before = found[-1].start_ns if found else 0
+            found.append(_cue(lines[number], said, f"{file.source}, line {number + 1}", before))
+    return sorted(found, key=lambda cue: cue.start_ns)
+
+
+def _said(lines: list[str], web: bool, last: bool) -> str:
+    """The text between a line of times and the next."""
+    if web:
+        # Up to the blank line: after it come names of cues, notes and styles.
+        return "\n".join(lines[: next((at for at, line in enumerate(lines) if not line.strip()), len(lines))]).strip()
+    lines = [line for line in lines if line.strip()]
+    if lines and not last and lines[-1].strip().isdigit():
+        # The counter of the next cue.
+        lines.pop()
+    return "\n".join(lines).strip()
+
+
+def _cue(timing: str, said: str, where: str, before_ns: int) -> Cue:
+    match = _TIMING.match(timing)
+    if match is None:
+        wrong = DecodeError(
+            "decode_error", f"{where}: {timing.strip()[:60]!r} has no times of a cue; text: {said[:200]!r}"
+        )
+        return Cue(before_ns, before_ns, said, wrong)
+    start, end = _nanoseconds(*match.groups()[:5]), _nanoseconds(*match.groups()[5:])
+    if end < start:
+        wrong = DecodeError("decode_error", f"{where}: the cue ends before it starts; text: {said[:200]!r}")
+        return Cue(start, start, said, wrong)
+    return Cue(start, end, said)
+
+
+def _nanoseconds(sign: str, hours: str | None, minutes: str, seconds: str, part: str | None) -> int:
+    negative = bool(sign) or minutes.startswith("-")
+    whole = (int(hours or 0) * 60 + abs(int(minutes))) * 60 + int(seconds)
+    time = whole * 10**9 + int((part or "").ljust(9, "0"))
+    return -time if negative else time
+
+
+def events(found: list[Cue]) -> Iterator[Events]:
+    """The cues as intervals, in one chunk; `index` counts them as they stand in the list."""
+    starts, ends = (np.array([cue[part] for cue in found], np.int64) for part in (0, 1))
+    yield Events(starts, ends, np.arange(len(found), dtype=np.int64))

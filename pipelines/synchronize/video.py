@@ -1,0 +1,205 @@
+"""Video: the frames of a file at their true presentation times, and as PNG.
+
+Times are those of the packets, so that a frame that cannot be decoded has one too. A frame is a moment, its presentation
+time, and not the time until the next.
+"""
+
+import heapq
+import io
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from av.video.reformatter import Interpolation
+from numpy.typing import NDArray
+from PIL import Image
+
+from featurestore.errors import DecodeError
+from pipelines.sources.files import FileValue
+from pipelines.synchronize import Events
+from pipelines.synchronize.container import CHUNK, nanoseconds, opened, told
+
+__all__ = ["Frame", "Frames", "brightness", "events"]
+
+MAX_REORDER = 64
+"""Packets between a frame's place in the file and in time; H.264 and H.265 allow 16 frames."""
+
+# The same picture from the same frame on every kind of processor.
+_EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+
+
+def events(file: FileValue) -> Iterator[Events]:
+    """The frames as moments, in chunks; `index` counts them in the order of their times. Decodes nothing.
+
+    Raises:
+        NoStream, DecodeError: as `container.opened`.
+    """
+    with opened(file, "video") as (container, stream):
+        order, base, number = _Order(), stream.time_base, 0
+        chunk: list[int] = []
+        for packet in container.demux(stream):
+            chunk += order.push(packet) if packet.size else order.rest()
+            while len(chunk) >= CHUNK or (chunk and not packet.size):
+                times = np.array([nanoseconds(pts, base) for pts in chunk[:CHUNK]], np.int64)
+                yield Events(times, times, np.arange(number, number + len(times), dtype=np.int64))
+                number, chunk = number + len(times), chunk[CHUNK:]
+
+
+class _Order:
+    """Presentation times of packets, given in the order of decoding, put in their own order; each once."""
+
+    def __init__(self) -> None:
+        self._waiting: list[int] = []
+        self._last: int | None = None
+
+    def push(self, packet: Any) -> list[int]:
+        """Takes a packet; returns the times before which none can come any more."""
+        if packet.pts is None or packet.is_discard:
+            return []
+        heapq.heappush(self._waiting, packet.pts)
+        ready = []
+        while self._waiting and (
+            len(self._waiting) > MAX_REORDER or (packet.dts is not None and self._waiting[0] <= packet.dts)
+        ):
+            ready += self._pop()
+        return ready
+
+    def rest(self) -> list[int]:
+        """The times left at the end."""
+        ready = []
+        while self._waiting:
+            ready += self._pop()
+        return ready
+
+    def _pop(self) -> list[int]:
+        pts = heapq.heappop(self._waiting)
+        if self._last is not None and pts <= self._last:
+            return []
+        self._last = pts
+        return [pts]
+
+
+class Frame(NamedTuple):
+    """A decoded frame that can be fetched as a PNG of 8-bit RGB, upright; uint8 [height, width, 3]."""
+
+    pixels: NDArray[np.uint8]
+    source: str
+
+    def stat(self) -> tuple[int, str]:
+        """Its size before it is compressed."""
+        return self.pixels.nbytes, ""
+
+    def fetch(self) -> bytes:
+        """The PNG."""
+        out = io.BytesIO()
+        Image.fromarray(self.pixels).save(out, "PNG", compress_level=1)
+        return out.getvalue()
+
+
+class Frames:
+    """The frames of a video by their index, read in one pass: indices must ascend, or repeat."""
+
+    def __init__(self, file: FileValue) -> None:
+        self._file, self._found = file, _frames(file)
+        self._last: tuple[int, Any] = (-1, None)
+        self._made: Frame | DecodeError | None = None
+
+    def get(self, index: int) -> Frame | DecodeError:
+        """A frame, or why it cannot be decoded."""
+        if index == self._last[0] and self._made is not None:
+            return self._made
+        try:
+            while self._last[0] < index:
+                self._last = next(self._found, (index, None))
+            frame = self._last[1]
+            if frame is None:
+                raise DecodeError("decode_error", f"{self._file.source}: frame {index} cannot be decoded")
+            with told(self._file.source):
+                self._made = Frame(_pixels(frame), self._file.source)
+        except DecodeError as error:
+            self._last, self._made = (index, None), error
+        return self._made
+
+
+def _frames(file: FileValue) -> Iterator[tuple[int, Any]]:
+    """(index, frame, or None where it cannot be decoded) of every frame, as `events` counts them.
+
+    A frame that is lost or damaged spoils those that are decoded after it, up to the next key frame: they may be built on it.
+    """
+    with opened(file, "video") as (container, stream):
+        order, decoding, number = _Order(), _Decoding(), 0
+        waiting: deque[int] = deque()
+        for packet in container.demux(stream):
+            waiting.extend(order.push(packet) if packet.size else order.rest())
+            decoding.push(packet)
+            while waiting:
+                found, frame = decoding.pop(waiting[0], len(waiting) > MAX_REORDER)
+                if not found:
+                    break
+                waiting.popleft()
+                yield number, frame
+                number += 1
+
+
+class _Decoding:
+    """Frames by their times, told good or not once all that was decoded before them is."""
+
+    def __init__(self) -> None:
+        self._packets: deque[tuple[int, bool, bool]] = deque()
+        self._frames: dict[int, Any] = {}
+        self._told: dict[int, Any] = {}
+        self._read_to: int | None = None
+        self._ended = self._spoiled = False
+
+    def push(self, packet: Any) -> None:
+        """Decodes a packet."""
+        if packet.pts is not None and not packet.is_discard:
+            self._packets.append((packet.pts, packet.is_keyframe, packet.is_corrupt))
+        self._ended = not packet.size
+        try:
+            frames = packet.decode()
+        except Exception:
+            # FFmpeg's errors are of many classes, and all mean that no frame comes of it.
+            return
+        for frame in frames:
+            if frame.pts is not None:
+                self._frames[frame.pts] = frame
+                self._read_to = frame.pts
+
+    def pop(self, pts: int, late: bool) -> tuple[bool, Any]:
+        """Whether it is told yet what became of a frame, and the frame, or None; where it is `late` it is lost."""
+        while self._packets and pts not in self._told:
+            time, is_key, is_corrupt = self._packets[0]
+            if not (self._ended or late or (self._read_to is not None and time <= self._read_to)):
+                return False, None
+            self._packets.popleft()
+            frame = self._frames.pop(time, None)
+            lost = frame is None or frame.is_corrupt or is_corrupt
+            self._spoiled = lost or (self._spoiled and not is_key)
+            self._told[time] = None if self._spoiled else frame
+        return True, self._told.pop(pts, None)
+
+
+def _pixels(frame: Any) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = frame.reformat(format="rgb24", interpolation=_EXACT, threads=1).to_ndarray()
+    if turns := round(frame.rotation / 90) % 4:
+        pixels = np.ascontiguousarray(np.rot90(pixels, turns))
+    return pixels
+
+
+def brightness(file: FileValue) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Chunks of (time in ns int64 [N], mean brightness 0 to 255 float32 [N]) of the frames that can be decoded."""
+    with opened(file, "video") as (_, stream):
+        base = stream.time_base
+    times: list[int] = []
+    values: list[float] = []
+    for _, frame in _frames(file):
+        if frame is not None:
+            grey = frame.reformat(format="gray", interpolation=_EXACT, threads=1).to_ndarray()
+            times.append(nanoseconds(frame.pts, base))
+            values.append(float(grey.mean()))
+        if len(times) >= CHUNK:
+            yield np.array(times, np.int64), np.array(values, np.float32)
+            times, values = [], []
+    yield np.array(times, np.int64), np.array(values, np.float32)
