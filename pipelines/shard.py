@@ -193,8 +193,9 @@ def _same_value(member: dict[str, Any], value: Value | Missing | None) -> bool:
         return bool(member["miss_reason"] == (value.reason if value else "absent"))
     try:
         return bool(member["digest"] == input_digest(value.fetch()))
-    except DecodeError:
-        return False
+    except DecodeError as error:
+        # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
+        return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
 
 
 def _name_duplicate(source: Source, suspects: set[int]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
+import s3fs
 
 from tests.processes import answers, wait_for
 
@@ -45,6 +46,8 @@ def loopback_s3(host: str = "127.0.0.1", on: Sequence[str] = ()) -> Iterator[str
         probe.close()
         command = [*on, sys.executable, "-W", "ignore", "-m", "moto.server", "-H", host, "-p", str(port)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            # A client that was made without keys, or for another server, may be kept.
+            s3fs.S3FileSystem.clear_instance_cache()
             try:
                 wait_for(lambda: answers(host, port), START_S, "the S3 server")
                 yield f"http://{host}:{port}"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from featurestore.catalog import Entry, Snapshot
 from featurestore.corpora import ROWS
+from featurestore.ids import IDS
 from featurestore.store import FeatureStore
 from featurestore.views import VIEW
 from pipelines.runner import InFlight
@@ -136,7 +137,9 @@ def _reference(server: ForkServerContext, spec: Path) -> Reference:
     versions = [FeatureStore(store, version).snapshot for version in range(len(jobs))]
     steps = []
     for version in range(1, len(jobs)):
-        files = {entry.path: entry for entry in set(versions[version].all()) - set(versions[version - 1].all())}
+        new = set(versions[version].all()) - set(versions[version - 1].all())
+        # A range's id index is written with its plan: that no shard is done, and none done again.
+        files = {entry.path: entry for entry in new if entry.kind != IDS}
         committed = _commit_file(store, version).stat().st_mtime
         last = max((store / path).stat().st_mtime for path in files)
         steps.append(Step(jobs[version], files, committed - run.opened[jobs[version]][0][0], committed - last))

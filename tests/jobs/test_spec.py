@@ -100,7 +100,7 @@ ONE_MISTAKE = [
     ("./stamps-store}", "./s, endpoint_url: x}", "line 2: store.endpoint_url: is not a key of this section"),
     ("uri: ./stamps-store", "uri: 's3://k:s@b'", "line 2: store.uri: 's3://k:s@b' is wrong: 's3://k:s@b' is not a"),
     ("name: stamps", "name: Stamps", "line 4: corpus.name: 'Stamps' is not a name; allowed: small letters"),
-    ("type: manifest", "type: csv", "line 5: corpus.source.type: 'csv' is not allowed here; allowed: manifest, parquet"),
+    ("type: manifest", "type: csv", "line 5: corpus.source.type: 'csv' is not allowed here; allowed: manifest, folder"),
     (", path: stamps.jsonl}", "}", "line 5: corpus.source.path: is missing"),
     ("modality: image", "modality: video", "line 8: corpus.fields.image.modality: 'video' is not allowed here (that"),
     ("caption: {modality: text, from", "'Cap.tion': {modality: text, from", "'Cap.tion' is not a name"),

@@ -43,7 +43,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        kind = self.path.strip("/")
+        kind = self.path.strip("/").removesuffix(".jsonl")
         self.server.asked[f"{self.command} {kind}"] += 1
         getattr(self, kind.partition("?")[0].replace("-", "_"))(self.server.asked[f"{self.command} {kind}"])
         self.close_connection = True
@@ -321,4 +321,4 @@ def test_a_manifest_on_a_server_that_fails_now_and_then_is_read(
 )
 def test_a_manifest_that_cannot_be_read_is_told(site: Site, path: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
-        list(manifest_at(site.uri(path)).references())
+        list(manifest_at(site.uri(f"{path}.jsonl")).references())

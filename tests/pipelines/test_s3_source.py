@@ -34,7 +34,7 @@ class _Between(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        key = urlsplit(self.path).path.rpartition("/")[2]
+        key = urlsplit(self.path).path.rpartition("/")[2].removesuffix(".jsonl")
         self.server.asked[f"{self.command} {key}"] += 1
         if key.startswith("busy-") and self.server.asked[f"{self.command} {key}"] <= int(key.partition("-")[2]):
             return self.answer(503, {"Content-Length": "0"}, b"")
@@ -91,7 +91,7 @@ def proxy() -> Iterator[Proxy]:
         for key in ("good", "busy-1", "busy-99", "cut", "part"):
             fs.pipe(f"shelf/{key}", BODY)
         rows = [{"id": key, "note": f"s3://shelf/{key}"} for key in ("good", "busy-1", "busy-99", "gone")]
-        for key in ("m/busy-1", "m/busy-99"):
+        for key in ("m/busy-1.jsonl", "m/busy-99.jsonl"):
             fs.pipe(f"shelf/{key}", "".join(json.dumps(row) + "\n" for row in rows).encode())
         yield proxy
         s3fs.S3FileSystem.clear_instance_cache()
@@ -126,7 +126,7 @@ def test_every_value_of_a_manifest_in_a_store_is_stored_or_in_quarantine(proxy: 
     fields = {"note": {"modality": "text", "from": "note", "read": "file"}}
     corpus = {
         "name": "shelf", "columns": {"id": "id", "group": None}, "fields": fields, "shard_rows": 100, "shard_mb": 64,
-        "failure_budget": 1.0, "source": {"type": "manifest", "path": ["s3://shelf/m/busy-1"]},
+        "failure_budget": 1.0, "source": {"type": "manifest", "path": ["s3://shelf/m/busy-1.jsonl"]},
     }  # fmt: skip
     shard_corpus(Storage.of(tmp_path / "store"), corpus)
     store = FeatureStore(tmp_path / "store")
@@ -134,6 +134,6 @@ def test_every_value_of_a_manifest_in_a_store_is_stored_or_in_quarantine(proxy: 
     assert {row["id"]: row["reason"] for row in rejected(store, "shelf")} == dict.fromkeys(
         ("busy-99", "gone"), "unreadable"
     )
-    for path in ("gone", "m/busy-99"):
+    for path in ("gone.jsonl", "m/busy-99.jsonl"):
         with pytest.raises(InputError, match=rf"manifest s3://shelf/{path} cannot be read: .*; correct corpus\.source"):
             list(open_source(corpus | {"source": {"type": "manifest", "path": [f"s3://shelf/{path}"]}}).references())
