@@ -54,7 +54,7 @@ KEYS = st.lists(
 
 
 @given(keys=KEYS, long=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_webdataset_writes_comes_in_as_webdataset_reads_it(
     tmp_path_factory: pytest.TempPathFactory, keys: list[str], long: bool
 ) -> None:
