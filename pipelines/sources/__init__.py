@@ -102,6 +102,26 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Measuring(Protocol):
+    """A source that measures something once for many samples, as work of its own, before any of them is read.
+
+    It keeps what it has measured in the store that `corpus["source"]["store"]` names, in JSON as `Storage.to_json` writes it.
+    """
+
+    def measures(self) -> bool:
+        """Whether there is anything to measure for this corpus."""
+        ...
+
+    def to_measure(self, references: Iterable[SampleRef]) -> Iterator[SampleRef]:
+        """What some samples need measured, as references that are equal where it is the same; equal neighbours once."""
+        ...
+
+    def measure(self, reference: SampleRef) -> None:
+        """Measures one of these, unless that is done. May be called from several threads."""
+        ...
+
+
 def open_source(corpus: dict[str, Any]) -> Source:
     """The source of a corpus, from the corpus part of a spec as a dict (as it travels to workers)."""
     module = importlib.import_module(f"pipelines.sources.{corpus['source']['type'].replace('-', '_')}")
