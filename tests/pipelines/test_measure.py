@@ -15,6 +15,7 @@ from featurestore.catalog import Catalog, Snapshot
 from featurestore.corpora import Corpus
 from featurestore.errors import DecodeError
 from featurestore.storage import Storage
+from featurestore.verify import verify
 from pipelines import runner, shard
 from pipelines.measure import measuring
 from pipelines.sources import open_source
@@ -105,6 +106,7 @@ def test_a_clock_is_measured_once_a_recording_and_job(folder: Path, tmp_path: Pa
     assert offset is not None
     assert abs(offset - 100e6) < 17e6
     assert len(corpus.storage.list("corpora/talks/clocks")) == 3
+    assert verify(corpus.storage, level="rows").ok
 
 
 def built(folder: Path, store: Path) -> runner.Job:
