@@ -34,6 +34,7 @@ from featurestore.ids import IDS, Ids, hashes
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from featurestore.tombstones import CHANGED, GONE, SCHEMA, TOMBSTONES
+from pipelines.measure import Measure, MeasureWork, measuring
 from pipelines.reference_blocks import packed, unpacked
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
 from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
@@ -329,25 +330,41 @@ class Shard(beam.PTransform):
         ingest: what is to be written.
         version: of the store that the source is compared with; -1 is an empty one, to which all is new.
         in_flight: does the work on a ShardTask.
+        measure: what comes before it, of a source that measures something for its samples.
     """
 
     def __init__(
-        self, storage: Storage, corpus: dict[str, Any], ingest: Ingest, version: int, in_flight: InFlight
+        self,
+        storage: Storage,
+        corpus: dict[str, Any],
+        ingest: Ingest,
+        version: int,
+        in_flight: InFlight,
+        measure: Measure | None = None,
     ) -> None:
         super().__init__()
+        self._measure = measure
         self._args, self._do_fn = (storage.to_json(), json.dumps(corpus, sort_keys=True)), in_flight
         self._ingest, self._ranges, self._version = ingest, ingest.ranges(corpus), version
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection:
         """Pipeline -> PCollection of keyed Results."""
-        written = (
+        references = (
             begin
             | "Start" >> beam.Create([0])
             | "ReadReferences"
             >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, bytes])
+        )
+        tasks = (
+            references
             | "GroupByRange" >> beam.GroupByKey()
             | "PlanShards"
             >> beam.ParDo(_PlanRange(*self._args, self._ingest.key)).with_output_types(tuple[int, ShardTask])
+        )
+        if self._measure is not None:
+            tasks = (tasks, references | "MeasureOnce" >> self._measure) | "Measured" >> beam.Flatten()
+        written = (
+            tasks
             | "Spread" >> beam.GroupByKey()
             | "WriteShards" >> beam.ParDo(self._do_fn).with_output_types(tuple[int, Result])
         )
@@ -363,10 +380,14 @@ def build(job: Job, storage: Storage, corpus: dict[str, Any], ingest: Ingest, ve
     name = corpus["name"]
     scopes = [Scope(kind, name, "") for kind in (ROWS, MEDIA, IDS, TOMBSTONES)]
     scopes.append(Scope(QUARANTINE, f"shard/{name}", ""))
-    work = ShardWork(storage.to_json(), json.dumps(corpus, sort_keys=True))
-    in_flight = InFlight(f"shard {name}", work, job.workers)
+    # Where a source that measures something keeps it.
+    corpus = {**corpus, "source": {**corpus["source"], "store": storage.to_json()}}
+    told = json.dumps(corpus, sort_keys=True)
+    in_flight, measure = InFlight(f"shard {name}", ShardWork(storage.to_json(), told), job.workers), None
+    if measuring(corpus) is not None:
+        measure = Measure(told, InFlight(f"measure {name}", MeasureWork(told), job.workers))
     (
         job.pipeline
-        | "Shard" >> Shard(storage, corpus, ingest, version, in_flight)
+        | "Shard" >> Shard(storage, corpus, ingest, version, in_flight, measure)
         | "Commit" >> Commit(storage, f"shard {name}", scopes, corpus["failure_budget"], ingest.samples)
     )

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from featurestore.errors import InputError
+from featurestore.files import filesystem
 from pipelines.sources import SampleRef, Source, Value
-from pipelines.sources.files import FileValue, expand, filesystem
+from pipelines.sources.files import FileValue, expand
 from pipelines.sources.parquet_rows import ParquetRows
 from pipelines.sources.rows import Record, Row, RowSource, inline
 from pipelines.sources.text_rows import Delimited, JsonLines

@@ -24,8 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurestore.errors import InputError
-from pipelines.sources import MAX_VALUE_BYTES, SampleRef, Source, Value, parquet_rows
-from pipelines.sources.files import FileValue, change_of, expand, filesystem, too_large
+from featurestore.files import MAX_VALUE_BYTES, filesystem, too_large
+from pipelines.sources import SampleRef, Source, Value, parquet_rows
+from pipelines.sources.files import FileValue, change_of, expand
 from pipelines.sources.manifest import beside
 from pipelines.sources.parquet_rows import (
     Meanings,

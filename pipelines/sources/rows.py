@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from featurestore.errors import DecodeError, InputError
+from featurestore.files import MAX_VALUE_BYTES
 from featurestore.identity import check_id
 from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
-from pipelines.sources import MAX_VALUE_BYTES, Sample, SampleRef, Value
+from pipelines.sources import Sample, SampleRef, Value
 
 __all__ = ["InlineText", "Record", "Row", "RowSource"]
 

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from featurestore.errors import DecodeError, InputError
-from pipelines.sources.files import Part, described, filesystem, opened
+from featurestore.files import filesystem
+from pipelines.sources.files import Part, described, opened
 
 __all__ = ["BLOCK", "CutOff", "Member", "Tar", "members"]
 
