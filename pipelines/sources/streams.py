@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from featurestore.errors import InputError
 from featurestore.identity import check_id, digest_of
+from featurestore.row_order import BY_ID
 from pipelines import sources
 from pipelines.sources import Sample, SampleRef, Source
 from pipelines.sources.files import FileValue
@@ -54,6 +55,8 @@ class _Pass(NamedTuple):
 
 class Streams:
     """Recordings."""
+
+    order = BY_ID
 
     def __init__(self, corpus: dict[str, Any]) -> None:
         self._fields, self._windows = filled(corpus["fields"]), corpus["source"]["windows"]
