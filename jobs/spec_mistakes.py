@@ -358,7 +358,7 @@ def _of_source(tree: Document) -> Iterator[Mistake]:
             ("corpus", "source", "adopt"), "only tars are adopted: write type: webdataset, or leave it out"
         )
     elif source.get("adopt") is True and sections.get("media") == "copy":
-        text = "'copy' is not what adopt does, which leaves values in their tars: leave media out, or adopt"
+        text = "'copy' is not what adopt does, which leaves values in their tars: leave one of them out"
         yield tree.mistake(("corpus", "media"), text)
     if source.get("type") == "folder":
         yield from _of_folder(source, columns, given, tree)
