@@ -344,6 +344,28 @@ def test_a_tar_that_is_gone_is_tombstones_and_its_rows_go_when_compacted(mine: T
     assert [*map(str, verify(mine.open().storage).findings)] == []
 
 
+def test_tars_that_are_adopted_after_others_were_referred_to_are_compacted_apart(mine: Tars) -> None:
+    """Two compactions, of which the first leaves the tombstones of the second."""
+    adopting = mine.text.replace(f"{mine.folder}/store", f"{mine.folder}/mixed")
+    mine.text = adopting.replace(", adopt: true", "").replace("  shard_rows", "  media: reference\n  shard_rows")
+    mine.text = mine.text.replace("00002}", "00001}")
+    mine.run("shard", "encode")
+    mine.text = adopting
+    mine.run("shard", "encode")
+    for name in (NAMES[0], NAMES[2]):
+        replaced(mine, name, lambda samples: samples.pop())
+    store = mine.run("shard", "encode")
+    assert len(store.corpus("tars").gone) == 2
+    expected = by_id(store, "loud")
+    compact(mine.spec, Console(quiet=True))
+    store = mine.open()
+    assert store.corpus("tars").gone == {}
+    assert by_id(store, "loud") == expected
+    found = {str(each.info()["settings"].get("order")): each.rows for each in store.corpus("tars").shards}
+    assert found[BY_TAR] == SIZES[2] - 1
+    assert [*map(str, verify(store.storage).findings)] == []
+
+
 def test_a_value_is_proven_where_it_is_read(mine: Tars) -> None:
     path = mine.tars / NAMES[2]
     corpus = mine.open().corpus("tars")
