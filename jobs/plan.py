@@ -84,9 +84,11 @@ def _check_settings(snapshot: Snapshot, corpus: dict[str, Any]) -> None:
     for entry in snapshot.entries(ROWS, corpus["name"])[:1]:
         stored = entry.info()["settings"]
         if stored["media"] != corpus["media"]:
+            adopt = corpus["source"]["adopt"]
+            given, mend = (", as adopt means,", "leave adopt out") if adopt else ("", "write that")
             raise InputError(
-                f"corpus.media: {corpus['media']!r} where corpus {corpus['name']!r} was stored with {stored['media']!r}; its "
-                "shards are never changed, so write that, or name another corpus or store"
+                f"corpus.media: {corpus['media']!r}{given} where corpus {corpus['name']!r} was stored with "
+                f"{stored['media']!r}; its shards are never changed, so {mend}, or name another corpus or store"
             )
         for part in ("fields", "columns"):
             if stored[part] != corpus[part]:

@@ -5,7 +5,7 @@ view's shard. The unit of parallelism is the batch: each of the process's thread
 one thread of its own, and two shards are in flight, so that reading and writing overlap with the model and no core waits for a
 shard's end. Values outside the store are fetched ahead in threads of their own.
 
-Batches form from the data alone (by size of the raw value, then id; images by id), so the same shard gives the same bytes
+Batches form from the data alone (by size of the raw value, then id; images by row), so the same shard gives the same bytes
 on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch; so does
 one outside the store that is `gone` or `changed` since it was sharded.
 """

@@ -1,16 +1,17 @@
 """Stage 1: cut a corpus into immutable shards.
 
-References (about 200 bytes a sample) are grouped by a coarse range of hash(group): the job's one shuffle of samples, which
-some references of a range cross together. Each range is sorted by (hash(group), group, id) and cut when rows or bytes would
-overflow; rows inside a shard stand in the order of their ids. The cuts are written to the store as a plan, one row group per
-shard, and only descriptors of them travel on.
+References (about 200 bytes a sample) are grouped by coarse ranges of about 32 shards: the job's one shuffle of samples, which
+some references of a range cross together. A range is a slice of hash(group), cut into shards whose rows stand in the order of
+their ids; or, where the source is dear to read here and there (Parquet, tars), a stretch of the source, cut into shards of
+consecutive samples whose rows stand as they do there: a worker then reads one stretch of it, and not all of it for each shard
+(cuts.py). The cuts are written to the store as a plan, one row group per shard, and only descriptors of them travel on.
 A worker then fetches a shard's values, checks them, and writes its tar first and its rows second: the second means done.
 
 A sample that changed is a tombstone for the old row and a row in the new ingest; one that is gone is a tombstone. What was
 stored before is never touched. An ingest whose samples only were touched does nothing.
 
 Shard keys come from the sets of new, changed and gone samples alone, so any runner and any number of workers write the same
-bytes.
+bytes; in the order of ids the source's own order makes no difference either.
 """
 
 import itertools
@@ -34,13 +35,13 @@ from featurestore.ids import IDS, Ids, hashes
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from featurestore.tombstones import CHANGED, GONE, SCHEMA, TOMBSTONES
+from pipelines.cuts import SHARDS_PER_RANGE, Cut
 from pipelines.measure import Measure, MeasureWork, measuring
 from pipelines.reference_blocks import packed, unpacked
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
-from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
+from pipelines.shard_writer import ShardTask, ShardWriter, reference_to, write_plan
 from pipelines.sources import Missing, Sample, SampleRef, Source, Value, open_source
 
-SHARDS_PER_RANGE = 32
 _BATCH = 65_536
 """References whose ids are looked up at once."""
 _AGAIN_BYTES = 512 << 20
@@ -66,7 +67,7 @@ class Ingest(NamedTuple):
     remarks: tuple[str, ...] = ()
 
     def ranges(self, corpus: dict[str, Any]) -> int:
-        """Number of ranges of hash(group): about 32 shards' worth each."""
+        """Number of ranges, where they are slices of hash(group): about 32 shards' worth each."""
         by_rows = self.samples / corpus["shard_rows"]
         by_bytes = self.bytes / (corpus["shard_mb"] << 20)
         return max(1, -(-int(max(by_rows, by_bytes)) // SHARDS_PER_RANGE))
@@ -154,8 +155,21 @@ class Known:
             and all(rows[name].cast(pa.int64())[0].as_py() == sample.columns.get(name) for name in times)
             and kept == columns.keys()
             and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
-            and all(_same_value(stored[name], value) for name, value in sample.values.items())
+            and all(self._same_value(stored[name], value) for name, value in sample.values.items())
         )
+
+    def _same_value(self, member: dict[str, Any], value: Value | Missing | None) -> bool:
+        if value is None or isinstance(value, Missing):
+            return bool(member["miss_reason"] == (value.reason if value else "absent"))
+        assert self._corpus is not None
+        try:
+            if member["digest"] != input_digest(value.fetch()):
+                return False
+        except DecodeError as error:
+            # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
+            return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
+        # What is referred to must be found where it stands now, too.
+        return member["uri"] is None or reference_to(self._corpus.storage, value) == (member["uri"], member["offset"])
 
 
 def _samples(source: Source, references: list[SampleRef]) -> Iterator[Sample]:
@@ -189,16 +203,6 @@ def scan(source: Source, known: Known) -> Ingest:
     return Ingest(digest.key(), samples, size, counts[SAME], counts[CHANGED], gone)
 
 
-def _same_value(member: dict[str, Any], value: Value | Missing | None) -> bool:
-    if value is None or isinstance(value, Missing):
-        return bool(member["miss_reason"] == (value.reason if value else "absent"))
-    try:
-        return bool(member["digest"] == input_digest(value.fetch()))
-    except DecodeError as error:
-        # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
-        return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
-
-
 def _name_duplicate(source: Source, suspects: set[int]) -> None:
     places: dict[str, SampleRef] = {}
     for reference in source.references():
@@ -212,25 +216,8 @@ def _name_duplicate(source: Source, suspects: set[int]) -> None:
             )
 
 
-def cut(references: Iterable[SampleRef], max_rows: int, max_bytes: int) -> list[list[SampleRef]]:
-    """Cuts one range into shards: sorted by (hash(group), group, id), full before the next begins, also inside a group.
-
-    Each shard's references are in the order of their ids.
-    """
-    shards: list[list[SampleRef]] = []
-    rows, size = max_rows, 0
-    for reference in sorted(references, key=lambda ref: (hash64(ref.group), ref.group, ref.id)):
-        if rows >= max_rows or size + reference.bytes > max_bytes:
-            shards.append([])
-            rows, size = 0, 0
-        shards[-1].append(reference)
-        rows, size = rows + 1, size + reference.bytes
-    return [sorted(shard, key=lambda ref: ref.id) for shard in shards]
-
-
-def range_of(group: str, ranges: int) -> int:
-    """The range that a group falls into: equal slices of the 64-bit hashes."""
-    return hash64(group) * ranges >> 64
+def _cut(source: Source, corpus: dict[str, Any]) -> Cut:
+    return Cut(source.order, corpus["shard_rows"], corpus["shard_mb"] << 20)
 
 
 class _ReadNew(beam.DoFn):
@@ -244,11 +231,9 @@ class _ReadNew(beam.DoFn):
         catalog = Catalog(Storage.from_json(self._storage))
         stored = catalog.snapshot(self._version) if self._version >= 0 else Snapshot(catalog.storage, [], -1)
         known = Known(stored, corpus["name"])
-        yield from packed(
-            (range_of(reference.group, self._ranges), reference)
-            for reference, state, _before in known.compare(open_source(corpus))
-            if state != SAME
-        )
+        source = open_source(corpus)
+        new = (reference for reference, state, _before in known.compare(source) if state != SAME)
+        yield from packed(_cut(source, corpus).ranges(new, self._ranges))
 
 
 class _Bury(beam.DoFn):
@@ -288,7 +273,7 @@ class _PlanRange(beam.DoFn):
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, ShardTask]]:
         number, blocks = element
         storage, corpus = Storage.from_json(self._storage), json.loads(self._corpus)
-        shards = cut(unpacked(blocks), corpus["shard_rows"], corpus["shard_mb"] << 20)
+        shards = _cut(open_source(corpus), corpus).shards(unpacked(blocks))
         folder, stem = f"corpora/{corpus['name']}", f"{self._ingest}-{number:05d}"
         with storage.scratch() as scratch:
             local = scratch / "plan.parquet"

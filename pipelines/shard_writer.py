@@ -24,6 +24,7 @@ from featurestore.corpora import MEDIA, MEMBER, MISSES, QUARANTINE, ROWS, member
 from featurestore.errors import DecodeError
 from featurestore.identity import ids_sha256, input_digest
 from featurestore.references import from_root, relative
+from featurestore.row_order import BY_ID
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from pipelines.attempts import attempt
@@ -139,6 +140,8 @@ class ShardWriter:
         if self._media == "reference":
             # References of another root lead nowhere; as it lies from the source, so that both may move.
             settings["root"] = [from_root(self.storage, path) for path in self.corpus["source"].get("path", [])[:1]]
+        if self._source.order != BY_ID:
+            settings["order"] = self._source.order
         return settings
 
     @property
@@ -233,21 +236,12 @@ class ShardWriter:
             return {"present": False, "miss_reason": fetched.reason, "source": source}
         raw, digest = fetched
         ext = _extension(self.corpus["fields"][field]["modality"], raw)
-        uri, offset = self._address(value)
+        uri, offset = reference_to(self.storage, value) if self._media == "reference" else (None, 0)
         if uri is None:
             offset = tar.add(member_header(sample_id, field, ext, len(raw)), raw)
         return {
             "present": True, "offset": offset, "size": len(raw), "digest": digest, "ext": ext, "source": source, "uri": uri,
         }  # fmt: skip
-
-    def _address(self, value: Value | Missing | None) -> tuple[str | None, int]:
-        """Where a value is referred to, relative to the root, and its offset there; None where it goes into the tar.
-
-        Besides all of `media: copy` these are values in no file of their own (a manifest's texts, a Parquet file's cells), and
-        files whose name is no text.
-        """
-        address = value.address if self._media == "reference" and isinstance(value, Referable) else None
-        return (None, 0) if address is None else (relative(self.storage, address[0]), address[1])
 
     def _fetch(
         self, references: list[SampleRef]
@@ -287,6 +281,15 @@ class ShardWriter:
         except DecodeError as error:
             return error
         return Fetched(raw, input_digest(raw))
+
+
+def reference_to(storage: Storage, value: Value | Missing | None) -> tuple[str | None, int]:
+    """Where a value is referred to, relative to the root, and its offset there; None where it goes into the tar.
+
+    Those are values in no file of their own (a manifest's texts, a Parquet file's cells), and files whose name is no text.
+    """
+    address = value.address if isinstance(value, Referable) else None
+    return (None, 0) if address is None else (relative(storage, address[0]), address[1])
 
 
 def _with(made: Result, entries: str) -> Result:

@@ -73,8 +73,16 @@ class Sample(NamedTuple):
 class Source(Protocol):
     """What every corpus format offers."""
 
+    @property
+    def order(self) -> str:
+        """How its samples are cut into shards and stand in them: one of featurestore.row_order, known before it is read.
+
+        In the source's own order where a worker that reads samples from all over it would read much more than those.
+        """
+        ...
+
     def references(self) -> Iterator[SampleRef]:
-        """Every sample, in the source's order."""
+        """Every sample, in the source's order: by uri, then by offset, where `order` is of places."""
         ...
 
     def columns(self) -> set[str]:

@@ -4,6 +4,9 @@ A file's ending says what it is: JSON Lines (.jsonl, .ndjson, .json); a table of
 values are all texts; or Parquet (.parquet). Paths are relative to the manifest's own folder, or absolute, or URIs. `null`, an
 absent key or cell and `""` mean that the value is absent. Bytes that are not UTF-8 spoil only the value they stand in: they
 reach quarantine as they are.
+
+A line is read again alone, but a row of a Parquet file only with its row group: where all paths end in .parquet, shards are cut
+in the order of the rows.
 """
 
 import posixpath
@@ -12,6 +15,7 @@ from typing import Any, Protocol
 
 from featurestore.errors import InputError
 from featurestore.files import filesystem
+from featurestore.row_order import BY_ID, BY_SOURCE
 from pipelines.sources import SampleRef, Source, Value
 from pipelines.sources.files import FileValue, expand
 from pipelines.sources.parquet_rows import ParquetRows
@@ -48,6 +52,7 @@ class Manifest(RowSource):
     def __init__(self, corpus: dict[str, Any]) -> None:
         fields = [field["from"] for field in corpus["fields"].values()]
         super().__init__(corpus, fields)
+        self.order = BY_SOURCE if all(path.lower().endswith(".parquet") for path in self.paths) else BY_ID
         json_lines = JsonLines()
         self._formats: dict[str, Format] = {
             ".jsonl": json_lines,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from featurestore.errors import DecodeError, InputError
 from featurestore.files import MAX_VALUE_BYTES
 from featurestore.identity import check_id
+from featurestore.row_order import BY_ID
 from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
 from pipelines.sources import Sample, SampleRef, Value
 
@@ -69,6 +70,8 @@ class RowSource(ABC):
         corpus: the corpus part of a spec.
         used: columns that are read as fields, and are not kept beside them.
     """
+
+    order = BY_ID
 
     def __init__(self, corpus: dict[str, Any], used: Iterable[str] = ()) -> None:
         self.paths: list[str] = corpus["source"]["path"]

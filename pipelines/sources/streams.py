@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from featurestore.errors import InputError
 from featurestore.identity import check_id, digest_of
+from featurestore.row_order import BY_ID
 from featurestore.storage import Storage
 from pipelines import sources
 from pipelines.sources import Sample, SampleRef, Source
@@ -68,6 +69,8 @@ class Streams:
     Clocks that are measured are kept in the store that the source names, and taken from there; where it names none, or has not
     got them, every pass over a recording measures them.
     """
+
+    order = BY_ID
 
     def __init__(self, corpus: dict[str, Any]) -> None:
         self._fields, self._windows = filled(corpus["fields"]), corpus["source"]["windows"]
