@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from featurestore import artefact
+from featurestore import artefact, files
 from featurestore.catalog import Catalog, Change, Entry
 from featurestore.corpora import MEMBER, ROWS, disordered, read_rows
 from featurestore.errors import AlignmentError
@@ -26,7 +26,6 @@ from jobs import spec as specs
 from jobs.compact import compact
 from jobs.run import Runner
 from pipelines.sources import open_source, parquet_rows, webdataset
-from pipelines.sources.files import Part
 from tests.conftest import check_same
 from tests.pipelines.tars import expected, pairs, source_of, tar_of, values_of, written
 from tests.planted import write_planted
@@ -283,14 +282,14 @@ def test_copied_tars_are_cut_in_their_order_too(tmp_path: Path) -> None:
 
 def test_samples_that_stand_side_by_side_come_by_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    plain = Part._content
+    plain = files.part
 
-    def counted(part: Part) -> bytes:
-        asked.append(part.size)
-        return plain(part)
+    def counted(uri: str, offset: int, size: int) -> bytes:
+        asked.append(size)
+        return plain(uri, offset, size)
 
-    monkeypatch.setattr(Part, "_content", counted)
-    monkeypatch.setattr("pipelines.sources.files.PROTOCOLS", ("file", "memory"))
+    monkeypatch.setattr(files, "part", counted)
+    monkeypatch.setattr(files, "PROTOCOLS", ("file", "memory"))
     monkeypatch.setattr(webdataset, "MAX_AT_ONCE", 64 << 10)
     content = tar_of(pairs(100, 5000))
     fsspec.filesystem("memory").pipe("/000.tar", content)
