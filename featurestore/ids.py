@@ -45,7 +45,7 @@ def table(parts: Mapping[int, tuple[list[str], list[str]]]) -> pa.Table:
 
 def renewed(index: pa.Table, etags: Mapping[int, list[str]]) -> pa.Table:
     """An id index with other etags: part -> those of its shard, in the order of its rows."""
-    parts, rows, etag = (np.array(index[name]) for name in ("part", "row", "etag"))
+    parts, rows, etag = (np.asarray(index[name]).copy() for name in ("part", "row", "etag"))
     for part, own in etags.items():
         etag[parts == part] = hashes(own)[rows[parts == part]]
     at = SCHEMA.get_field_index("etag")

@@ -249,7 +249,7 @@ class RetryWork(NamedTuple):
 
 
 class _RenewIds(beam.DoFn):
-    """The Results of one range's shards -> the same; the first brings the range's id index, with the etags there are now."""
+    """The Results of one range's shards -> the same; the first brings the range's id index with the etags of now."""
 
     def __init__(self, storage: str, corpus: str, version: int) -> None:
         self._storage, self._corpus, self._version = storage, corpus, version
@@ -265,16 +265,16 @@ class _RenewIds(beam.DoFn):
             (rows,) = (entry for entry in map(Entry._make, json.loads(each.entries)) if entry.kind == ROWS)
             if rows != old.find(each.shard):
                 etags[int(each.shard.rpartition("-")[2])] = read_rows(storage, rows)["etag"].to_pylist()
+        entry = snapshot.entries(IDS, self._corpus).find(f"{stem}-00000")
+        assert entry is not None
         if etags:
-            entry = snapshot.entries(IDS, self._corpus).find(f"{stem}-00000")
-            assert entry is not None
             index = artefact.read_table(artefact.read_checked(storage, entry.path, entry.sha256))
             table = ids.renewed(index.replace_schema_metadata(None), etags)
             footer = {"kind": IDS, "rows": len(table)}
             placed = artefact.place_table(storage, table, f"corpora/{self._corpus}/ids/{stem}", footer)
             entry = entry._replace(path=placed.path, bytes=placed.bytes, sha256=placed.sha256)
-            first = with_entries(first, json.dumps([entry]))
-        yield from map(keyed, (first, *rest))
+        # Named where it is the old one too: it is called after a shard whose entries the commit replaces.
+        yield from map(keyed, (with_entries(first, json.dumps([entry])), *rest))
 
 
 def _range(made: Result) -> str:
