@@ -244,7 +244,9 @@ def test_what_is_mended_comes_in_at_its_place_and_nothing_else_is_fetched_encode
         assert np.array_equal(np.array(vector, np.float32), expected.encode([expected.decode(raw)])[0])
     corpus = store.corpus("planted")
     assert corpus.value(*corpus.locate(bad.latin), "caption") == "Café".encode()
+    fetched.clear()
     assert states(copy) == FRESH
+    assert fetched == [], "the store knows the etags that the samples have now"
     assert {finding.kind for finding in verify(store.storage).findings} == {"space"}
     assert "shard planted: 4 values tried, 3 in now, 1 in quarantine\n  sound, empty: 1\n" in said
     assert "encode loud: 3 values tried, 2 in now, 1 in quarantine\n  sound, decode_error: 1\n" in said
