@@ -12,7 +12,7 @@ import json
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import pyarrow as pa
@@ -330,11 +330,13 @@ class Catalog:
             for commit in self._open().history()
         ]
 
-    def commit(self, job: str, changes: Iterable[Change]) -> int:
+    def commit(
+        self, job: str, changes: Iterable[Change], check: Callable[[Snapshot], None] = lambda snapshot: None
+    ) -> int:
         """Publishes the changes of one job in one commit and returns the version that holds them.
 
         Running it twice commits once. A race with another job is settled by computing the commit again from what the
-        other left.
+        other left; `check` raises where that is nothing that these changes may be made to.
         """
         changes = tuple(changes)
         for change in changes:
@@ -342,6 +344,7 @@ class Catalog:
         for attempt in range(_COMMIT_ATTEMPTS):
             delta = self._open()
             snapshot = self._load(delta)
+            check(snapshot)
             new = _applied(changes, snapshot)
             if new is None:
                 return snapshot.version

@@ -16,7 +16,7 @@ from featurestore.catalog import Snapshot
 from featurestore.errors import AlignmentError
 from featurestore.identity import hash64
 
-__all__ = ["IDS", "SCHEMA", "Ids", "hashes", "parts_of", "table", "there"]
+__all__ = ["IDS", "SCHEMA", "Ids", "hashes", "parts_of", "renewed", "table", "there"]
 
 IDS = "ids"
 """Kind in the catalog; its shard is the first of the range's."""
@@ -41,6 +41,15 @@ def table(parts: Mapping[int, tuple[list[str], list[str]]]) -> pa.Table:
         "etag": hashes([etag for _, etags in parts.values() for etag in etags]),
     }
     return pa.table(columns, schema=SCHEMA).sort_by([(name, "ascending") for name in ("hash", "part", "row")])
+
+
+def renewed(index: pa.Table, etags: Mapping[int, list[str]]) -> pa.Table:
+    """An id index with other etags: part -> those of its shard, in the order of its rows."""
+    parts, rows, etag = (np.asarray(index[name]).copy() for name in ("part", "row", "etag"))
+    for part, own in etags.items():
+        etag[parts == part] = hashes(own)[rows[parts == part]]
+    at = SCHEMA.get_field_index("etag")
+    return index.set_column(at, SCHEMA.field(at), pa.array(etag))
 
 
 def parts_of(snapshot: Snapshot, corpus: str) -> dict[str, list[int]]:

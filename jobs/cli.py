@@ -302,6 +302,20 @@ def compact(
     carry_out(_spec(spec), _say(bars=not log_json), beam or (), workers, purge)
 
 
+@app.command("retry-quarantined")
+def retry_quarantined(
+    spec: SpecPath, workers: WorkerCount = 1, log_json: LogJson = False, beam: BeamArgs = None
+) -> None:
+    """Try quarantined values again; what is mended comes in at its place, nothing is renumbered."""
+    if log_json:
+        from pipelines import log
+
+        log.start()
+    from jobs.retry import Retrier
+
+    Retrier(_spec(spec), _say(bars=not log_json), beam or (), workers).retry(str(spec))
+
+
 @app.command()
 def search(
     store: Store,

@@ -1,11 +1,13 @@
 """Quarantine files: every value that a stage rejected, with id, field, stage, reason and where it came from."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from featurestore import artefact
-from featurestore.corpora import QUARANTINE, REJECTED
+from featurestore.catalog import Snapshot
+from featurestore.corpora import QUARANTINE, REJECTED, Corpus, read_rows
 from featurestore.errors import DecodeError
 from featurestore.storage import Storage
 
@@ -15,6 +17,26 @@ def rejection(sample_id: str, field: str, stage: str, error: DecodeError, source
     return {
         "id": sample_id, "field": field, "stage": stage, "reason": error.reason, "detail": error.detail, "source": source,
     }  # fmt: skip
+
+
+def quarantined(snapshot: Snapshot, corpus: str, scope: str, recipe: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each shard with what a stage rejected of it, of samples that are not gone; shards with nothing left out.
+
+    Args:
+        snapshot: the catalog.
+        corpus: name of the corpus.
+        scope: `shard/<corpus>` or `encode/<view>`.
+        recipe: of the view; "" for the shard stage.
+    """
+    opened = Corpus(snapshot, corpus)
+    for entry in snapshot.entries(QUARANTINE, scope, recipe):
+        table = artefact.read_table(artefact.read_checked(snapshot.storage, entry.path, entry.sha256))
+        gone: set[str] = set()
+        if entry.shard in opened.gone:
+            ids = read_rows(snapshot.storage, opened.shard(entry.shard))["id"]
+            gone = set(ids.take(pa.array(opened.gone[entry.shard])).to_pylist())
+        if rows := [row for row in table.to_pylist() if row["id"] not in gone]:
+            yield entry.shard, rows
 
 
 def place_rejected(storage: Storage, rejected: list[dict[str, Any]], stem: str) -> list[artefact.Placed]:

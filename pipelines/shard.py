@@ -18,7 +18,7 @@ import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -128,7 +128,8 @@ class Known:
                 if self._rows(shard)["id"][row].as_py() == reference.id:
                     self._seen[place] = True
                     sample = next(each for each in again if each.id == reference.id)
-                    if self._same(self._rows(shard).slice(row, 1), sample):
+                    assert self._corpus is not None
+                    if same(self._corpus, self._rows(shard).slice(row, 1), sample):
                         return SAME
                     self._changed.append(place)
                     return CHANGED
@@ -139,37 +140,41 @@ class Known:
         assert self._corpus is not None
         return self._corpus.read(shard)
 
-    def _same(self, rows: pa.Table, sample: Sample) -> bool:
-        """Whether a stored sample has the columns and the values that the source gives now."""
-        assert self._corpus is not None
-        times = [name for name in TIMESTAMPS if name in rows.column_names]
-        stored = rows.drop_columns(times).to_pylist()[0]
-        columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
-        kept = {
-            name
-            for name in stored
-            if name not in {"id", "group", "etag", *self._corpus.fields} and stored[name] is not None
-        }
-        return (
-            stored["group"] == sample.group
-            and all(rows[name].cast(pa.int64())[0].as_py() == sample.columns.get(name) for name in times)
-            and kept == columns.keys()
-            and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
-            and all(self._same_value(stored[name], value) for name, value in sample.values.items())
-        )
 
-    def _same_value(self, member: dict[str, Any], value: Value | Missing | None) -> bool:
-        if value is None or isinstance(value, Missing):
-            return bool(member["miss_reason"] == (value.reason if value else "absent"))
-        assert self._corpus is not None
-        try:
-            if member["digest"] != input_digest(value.fetch()):
-                return False
-        except DecodeError as error:
-            # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
-            return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
-        # What is referred to must be found where it stands now, too.
-        return member["uri"] is None or reference_to(self._corpus.storage, value) == (member["uri"], member["offset"])
+def same(corpus: Corpus, row: pa.Table, sample: Sample, but: Collection[str] = ()) -> bool:
+    """Whether a stored sample has the group, the columns and the values (`but` those of some fields) that the source gives now.
+
+    Args:
+        corpus: as it is stored.
+        row: the sample's row of its shard.
+        sample: the same id, as the source gives it.
+        but: fields whose values may be others.
+    """
+    times = [name for name in TIMESTAMPS if name in row.column_names]
+    stored = row.drop_columns(times).to_pylist()[0]
+    columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
+    own = {"id", "group", "etag", *corpus.fields}
+    values = ((stored[name], value) for name, value in sample.values.items() if name not in but)
+    return (
+        stored["group"] == sample.group
+        and all(row[name].cast(pa.int64())[0].as_py() == sample.columns.get(name) for name in times)
+        and {name for name in stored if name not in own and stored[name] is not None} == columns.keys()
+        and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
+        and all(_same_value(corpus.storage, member, value) for member, value in values)
+    )
+
+
+def _same_value(storage: Storage, member: dict[str, Any], value: Value | Missing | None) -> bool:
+    if value is None or isinstance(value, Missing):
+        return bool(member["miss_reason"] == (value.reason if value else "absent"))
+    try:
+        if member["digest"] != input_digest(value.fetch()):
+            return False
+    except DecodeError as error:
+        # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
+        return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
+    # What is referred to must be found where it stands now, too.
+    return member["uri"] is None or reference_to(storage, value) == (member["uri"], member["offset"])
 
 
 def _samples(source: Source, references: list[SampleRef]) -> Iterator[Sample]:
@@ -193,8 +198,8 @@ def scan(source: Source, known: Known) -> Ingest:
             digest.add(reference.id, reference.etag + before)
             size += reference.bytes
     unique = np.sort(np.frombuffer(seen, np.uint64))
-    if len(twice := unique[1:][unique[1:] == unique[:-1]]):
-        _name_duplicate(source, set(twice.tolist()))
+    if len(repeated := unique[1:][unique[1:] == unique[:-1]]):
+        _name_duplicate(source, set(repeated.tolist()))
     samples, gone = digest.count, 0
     for shard, row, sample_id, why in zip(*known.tombstones().to_pydict().values(), strict=True):
         if why == GONE:
@@ -210,10 +215,15 @@ def _name_duplicate(source: Source, suspects: set[int]) -> None:
             continue
         first = places.setdefault(reference.id, reference)
         if first is not reference:
-            raise InputError(
-                f"id {reference.id!r} stands twice: {source.place(first)} and {source.place(reference)}; ids must be "
-                "unique in a corpus, so rename or remove one"
-            )
+            raise twice(source, first, reference)
+
+
+def twice(source: Source, first: SampleRef, other: SampleRef) -> InputError:
+    """What is raised where two samples have one id."""
+    return InputError(
+        f"id {other.id!r} stands twice: {source.place(first)} and {source.place(other)}; ids must be unique in a corpus, so "
+        "rename or remove one"
+    )
 
 
 def _cut(source: Source, corpus: dict[str, Any]) -> Cut:

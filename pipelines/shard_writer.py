@@ -78,8 +78,8 @@ _PLAN = pa.schema(
 def write_plan(local: Path, shards: list[list[SampleRef]]) -> None:
     with pq.ParquetWriter(local, _PLAN, compression="zstd") as writer:
         for shard in shards:
-            columns = [list(column) for column in zip(*shard, strict=True)]
-            writer.write_table(pa.table(columns, schema=_PLAN), row_group_size=len(shard))
+            columns = [list(column) for column in zip(*shard, strict=True)] or [[]] * len(_PLAN)
+            writer.write_table(pa.table(columns, schema=_PLAN), row_group_size=max(1, len(shard)))
 
 
 def read_plan(storage: Storage, task: ShardTask) -> list[SampleRef]:
@@ -110,14 +110,14 @@ class ShardWriter:
         done = self._adopt(task, ids)
         if done is not None:
             self.storage.delete(receipt)
-            return _with(done, task.entries)
+            return with_entries(done, task.entries)
         with attempt(self.storage, receipt) as again:
             if not again:
-                return _with(self._make(task, references, ids), task.entries)
+                return with_entries(self._make(task, references, ids), task.entries)
             with DecodeApart() as apart:
                 careful = copy.copy(self)
                 careful._apart = apart
-                return _with(careful._make(task, references, ids), task.entries)
+                return with_entries(careful._make(task, references, ids), task.entries)
 
     def _adopt(self, task: ShardTask, ids: str) -> Result | None:
         """The Result of a shard that an earlier run finished: its rows are there, and so is the tar they name."""
@@ -132,7 +132,8 @@ class ShardWriter:
                 continue
             made = [artefact.Placed(*each) for each in (footer["media"], *footer["quarantine"]) if each]
             if all(artefact.holds(self.storage, each) for each in made):
-                return self._result(task.key, artefact.Placed(path, len(content), sha256), footer)
+                placed = artefact.Placed(path, len(content), sha256)
+                return self._result(task.key, placed, footer, self._lineage(footer))
         return None
 
     def _settings(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class ShardWriter:
         stem = f"{self._folder}/{task.key}"
         with self.storage.scratch() as folder:
             local = folder / "shard.tar"
-            with _TarWriter(local) as tar:
+            with TarWriter(local) as tar:
                 samples, members, rejected = self._write_members(references, tar)
             empty = self._media == "reference" and tar.members == 0
             media = None if empty else artefact.place(self.storage, local, stem, tar.sha256)
@@ -174,21 +175,21 @@ class ShardWriter:
             "example": f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else "",
             "events": _events(table),
         }
-        made = self._result(task.key, artefact.place_table(self.storage, table, stem, footer), footer)
+        placed = artefact.place_table(self.storage, table, stem, footer)
+        made = self._result(task.key, placed, footer, self._lineage(footer))
         return made._replace(computed=made.tried)
 
-    def _result(self, key: str, rows: artefact.Placed, footer: dict[str, Any]) -> Result:
+    def _lineage(self, footer: dict[str, Any]) -> str:
+        about = {
+            "fields": {field: each["modality"] for field, each in self.corpus["fields"].items()},
+            "source": self.corpus["source"]["type"],
+            "settings": footer["settings"],
+            "tried": footer["tried"],
+        }
+        return json.dumps(about, sort_keys=True)
+
+    def _result(self, key: str, rows: artefact.Placed, footer: dict[str, Any], about: str) -> Result:
         name, media = self.corpus["name"], artefact.Placed(*footer["media"] or ("", 0, ""))
-        fields = {field: each["modality"] for field, each in self.corpus["fields"].items()}
-        about = json.dumps(
-            {
-                "fields": fields,
-                "source": self.corpus["source"]["type"],
-                "settings": footer["settings"],
-                "tried": footer["tried"],
-            },
-            sort_keys=True,
-        )
         count, ids, events = footer["rows"], footer["ids_sha256"], footer["events"]
         first, last = events
         entries = [
@@ -210,7 +211,7 @@ class ShardWriter:
         return result(key, entries, footer["tried"], footer["rejected"], footer["example"])
 
     def _write_members(
-        self, references: list[SampleRef], tar: "_TarWriter"
+        self, references: list[SampleRef], tar: "TarWriter"
     ) -> tuple[list[Sample], list[dict[str, dict[str, Any]]], list[dict[str, Any]]]:
         samples, members, rejected = [], [], []
         for sample, values in self._fetch(references):
@@ -229,7 +230,7 @@ class ShardWriter:
         field: str,
         value: Value | Missing | None,
         fetched: Fetch,
-        tar: "_TarWriter",
+        tar: "TarWriter",
     ) -> dict[str, Any]:
         source = None if value is None or isinstance(value, Missing) else value.source
         if isinstance(fetched, DecodeError | Missing):
@@ -292,7 +293,8 @@ def reference_to(storage: Storage, value: Value | Missing | None) -> tuple[str |
     return (None, 0) if address is None else (relative(storage, address[0]), address[1])
 
 
-def _with(made: Result, entries: str) -> Result:
+def with_entries(made: Result, entries: str) -> Result:
+    """A Result that brings more entries (a JSON list) into the catalog."""
     return made._replace(entries=json.dumps([*json.loads(made.entries), *json.loads(entries)]))
 
 
@@ -338,7 +340,7 @@ def _events(table: pa.Table) -> tuple[int | None, int | None]:
     return (min(times), max(times)) if times else (None, None)
 
 
-class _TarWriter:
+class TarWriter:
     """Writes a tar whose bytes depend on its members alone, and hashes it on the way.
 
     A large piece is hashed in a thread of its own while it is written, one piece at a time: no more of the tar is in memory.
@@ -348,7 +350,7 @@ class _TarWriter:
         self._path, self._digest, self._size, self._begun, self.members = path, hashlib.sha256(), 0, 0, 0
         self.sha256 = ""
 
-    def __enter__(self) -> "_TarWriter":
+    def __enter__(self) -> "TarWriter":
         self._file = self._path.open("wb")
         self._hasher = ThreadPoolExecutor(1)
         return self

@@ -23,7 +23,7 @@ from tests.conftest import Made
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "init", "plan", "run", "shard", "encode", "align", "index", "fuse", "compact", "duplicates",
+    "init", "plan", "run", "shard", "encode", "align", "index", "fuse", "compact", "duplicates", "retry-quarantined",
     "search", "get", "status", "history", "verify", "export",
 )  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_help_names_every_command_and_imports_neither_torch_nor_beam() -> None:
     assert ended.stderr == ""
     assert "status 0" in ended.stdout
     assert "heavy: []" in ended.stdout
-    shown = re.findall(r"^│ (\w+) ", ended.stdout, re.MULTILINE)
+    shown = re.findall(r"^│ (\w[\w-]*) ", ended.stdout, re.MULTILINE)
     assert sorted(shown) == sorted(COMMANDS)
 
 
