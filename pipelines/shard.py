@@ -25,7 +25,7 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from featurestore import artefact, ids
+from featurestore import artefact, ids, media
 from featurestore.catalog import Catalog, Entry, Snapshot
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.encoders.runtime import keep_freed_memory
@@ -39,7 +39,7 @@ from pipelines.cuts import SHARDS_PER_RANGE, Cut
 from pipelines.measure import Measure, MeasureWork, measuring
 from pipelines.reference_blocks import packed, unpacked
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
-from pipelines.shard_writer import ShardTask, ShardWriter, reference_to, write_plan
+from pipelines.shard_writer import ShardTask, ShardWriter, fetched, reference_to, write_plan
 from pipelines.sources import Missing, Sample, SampleRef, Source, Value, open_source
 
 _BATCH = 65_536
@@ -154,27 +154,29 @@ def same(corpus: Corpus, row: pa.Table, sample: Sample, but: Collection[str] = (
     stored = row.drop_columns(times).to_pylist()[0]
     columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
     own = {"id", "group", "etag", *corpus.fields}
-    values = ((stored[name], value) for name, value in sample.values.items() if name not in but)
+    values = ((name, value) for name, value in sample.values.items() if name not in but)
     return (
         stored["group"] == sample.group
         and all(row[name].cast(pa.int64())[0].as_py() == sample.columns.get(name) for name in times)
         and {name for name in stored if name not in own and stored[name] is not None} == columns.keys()
         and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
-        and all(_same_value(corpus.storage, member, value) for member, value in values)
+        and all(_same_value(corpus, stored[name], name, value) for name, value in values)
     )
 
 
-def _same_value(storage: Storage, member: dict[str, Any], value: Value | Missing | None) -> bool:
+def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value | Missing | None) -> bool:
     if value is None or isinstance(value, Missing):
         return bool(member["miss_reason"] == (value.reason if value else "absent"))
     try:
-        if member["digest"] != input_digest(value.fetch()):
+        # Of what was rejected there is no digest: it is the same where it is rejected for the same reason.
+        decode = media.check if member["miss_reason"] in media.REASONS else None
+        if member["digest"] != input_digest(fetched(value, corpus.fields[field], decode)):
             return False
     except DecodeError as error:
         # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
         return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
     # What is referred to must be found where it stands now, too.
-    return member["uri"] is None or reference_to(storage, value) == (member["uri"], member["offset"])
+    return member["uri"] is None or reference_to(corpus.storage, value) == (member["uri"], member["offset"])
 
 
 def _samples(source: Source, references: list[SampleRef]) -> Iterator[Sample]:

@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,20 +268,27 @@ class ShardWriter:
         """The value, or why it is rejected already here: what needs no decoder, and what no view would ever decode."""
         if value is None or isinstance(value, Missing):
             return value or Missing("absent")
+        decode = self._apart or media.check if field in self.corpus.get("unviewed", ()) else None
         try:
-            raw = value.fetch()
-            if not raw:
-                raise DecodeError("empty", f"{value.source}: 0 bytes")
-            modality = self.corpus["fields"][field]["modality"]
-            if modality == "text":
-                raw.decode()
-            if field in self.corpus.get("unviewed", ()):
-                (self._apart or media.check)(modality, raw)
-        except UnicodeDecodeError as error:
-            return DecodeError("invalid_utf8", f"{value.source}: {error}")
+            raw = fetched(value, self.corpus["fields"][field]["modality"], decode)
         except DecodeError as error:
             return error
         return Fetched(raw, input_digest(raw))
+
+
+def fetched(value: Value, modality: str, decode: Callable[[str, bytes], Any] | None) -> bytes:
+    """A value's bytes; DecodeError as the shard stage rejects it: `decode` is given what no view would ever decode."""
+    raw = value.fetch()
+    if not raw:
+        raise DecodeError("empty", f"{value.source}: 0 bytes")
+    if modality == "text":
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            raise DecodeError("invalid_utf8", f"{value.source}: {error}") from None
+    if decode is not None:
+        decode(modality, raw)
+    return raw
 
 
 def reference_to(storage: Storage, value: Value | Missing | None) -> tuple[str | None, int]:

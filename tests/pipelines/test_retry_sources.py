@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featurestore import files
 from featurestore.store import FeatureStore
 from featurestore.verify import verify
 from jobs import plan
 from jobs.report import rejected
 from jobs.spec import load
-from pipelines.sources import files
 from tests.conftest import Made
 from tests.jobs.test_retry import FRESH, mend, planted, retry, run, states, still
-from tests.pipelines.test_http_source import Site, serving
+from tests.loopback_web import Site, serving
 
 
 def test_what_a_web_server_did_not_give_comes_in_once_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
