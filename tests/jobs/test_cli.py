@@ -151,7 +151,7 @@ def test_what_is_typed_at_the_command_line_is_named_as_it_is_typed_there(braid: 
     ]
     sound = str(next((small.corpus / "sounds").iterdir()))
     for more, what in (
-        (["--modality", "smell"], r"^error: modality 'smell' is not allowed; one of: text, image, audio"),
+        (["--modality", "smell"], r"^error: modality 'smell' is not allowed; index 'heard' has: audio"),
         (["--where", "lable = 1"], r"^error: where 'lable = 1': .*; columns: .*label"),
         (["-k", "0"], r"^error: k is 0"),
     ):
