@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from featurestore import builds
 from featurestore.catalog import Catalog, Snapshot
 from featurestore.corpora import ROWS, Corpus
 from featurestore.errors import DecodeError, InputError
+from featurestore.quarantine import rejections
 from featurestore.search import Hits, Index, Query, read_card, read_space
 from featurestore.spaces import Space
 from featurestore.storage import Storage
@@ -107,6 +109,13 @@ class FeatureStore:
         from featurestore.training_sets import TrainingSet
 
         return TrainingSet(self.snapshot, name)
+
+    def quarantine(self, corpus: str | None = None) -> pa.Table:
+        """What was rejected of a corpus (of all where None): id, field, stage, reason, detail, source, corpus, view.
+
+        `view` is the view whose encoder rejected the value; null where it was rejected when the corpus was sharded.
+        """
+        return rejections(self.snapshot, corpus)
 
     def search(
         self,

@@ -274,35 +274,36 @@ class View:
             InputError: what is neither an id nor a row number, or another column than `COLUMNS`.
         """
         _check_columns(columns)
-        places = [self._locate(each) for each in several("ids", ids)]
-        asked: dict[str, list[int]] = {}
-        for at, (shard, _) in enumerate(places):
-            asked.setdefault(shard, []).append(at)
-        if not asked:
+        wanted = list(several("ids", ids))
+        texts = all(isinstance(each, str) for each in wanted)
+        places = (
+            self._of_ids(wanted) if texts else self._of_rows([whole_number("a row number", each) for each in wanted])
+        )
+        if not wanted:
             return self._table(self.shards[0].shard, columns).slice(0, 0)
-        parts = []
-        for shard, own in asked.items():
-            rows = pa.array([places[at][1] for at in own], pa.int64())
-            parts.append(self._table(shard, columns).take(rows))
-        found = pa.concat_tables(parts)
-        order = np.concatenate([*asked.values()])
-        # The rows stand by shards: the inverse of that order is the one asked for.
-        return (found if len(parts) == 1 else found.take(np.argsort(order))).combine_chunks()
+        found = pa.concat_tables([self._table(shard, columns).take(rows) for shard, (_, rows) in places.items()])
+        # Its rows stand by shards: the inverse of that order is the one asked for.
+        order = np.argsort(np.concatenate([at for at, _ in places.values()]))
+        return found.take(order).combine_chunks()
 
-    def _locate(self, which: str | int | np.integer[Any]) -> tuple[str, int]:
-        if isinstance(which, str):
-            return self._covered(which, *self.corpus.locate(which))
-        row = whole_number("an id or row number", which)
-        if not 0 <= row < self.rows:
-            raise NotFound(f"view {self.name!r} has no row {row}; it has rows 0 to {self.rows - 1}")
-        at = int(np.searchsorted(self._starts, row, "right")) - 1
-        shard = self.shards[at].shard
-        return shard, int(self.corpus.live_rows(shard)[row - int(self._starts[at])])
+    def _of_ids(self, ids: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Shard -> (positions in `ids`, rows in the shard)."""
+        places = self.corpus.locate_all(ids)
+        for shard, (at, _) in places.items():
+            if self.unencoded and self._entries.find(shard) is None:
+                raise NotFound(f"sample {ids[at.min()]!r} is not encoded yet: {self.behind()}")
+        return places
 
-    def _covered(self, sample_id: str, shard: str, row: int) -> tuple[str, int]:
-        if self.unencoded and self._entries.find(shard) is None:
-            raise NotFound(f"sample {sample_id!r} is not encoded yet: {self.behind()}")
-        return shard, row
+    def _of_rows(self, numbers: list[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        for row in numbers:
+            if not 0 <= row < self.rows:
+                raise NotFound(f"view {self.name!r} has no row {row}; it has rows 0 to {self.rows - 1}")
+        rows, places = np.array(numbers, np.int64), {}
+        of = np.searchsorted(self._starts, rows, "right") - 1
+        for number in np.unique(of).tolist():
+            at, shard = np.flatnonzero(of == number), self.shards[number].shard
+            places[shard] = at, self.corpus.live_rows(shard)[rows[at] - self._starts[number]]
+        return places
 
     def _live(self, shard: str, columns: Sequence[str]) -> pa.Table:
         return self.corpus.live(shard, self._table(shard, columns))
