@@ -277,7 +277,11 @@ class View:
         wanted = list(several("ids", ids))
         texts = all(isinstance(each, str) for each in wanted)
         places = (
-            self._of_ids(wanted) if texts else self._of_rows([whole_number("a row number", each) for each in wanted])
+            self._of_ids(wanted)
+            if texts
+            else self._of_rows(
+                [whole_number("an item of ids (all texts, or all row numbers)", each) for each in wanted]
+            )
         )
         if not wanted:
             return self._table(self.shards[0].shard, columns).slice(0, 0)
