@@ -10,7 +10,7 @@ What is read by sample (`to_arrow`, `locate`, `rows`) leaves out those that are 
 """
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from featurestore import artefact
 from featurestore.catalog import Entries, Entry, Snapshot
 from featurestore.errors import AlignmentError, NotFound
 from featurestore.identity import DIGEST_BYTES, ids_sha256, input_digest, tar_key
-from featurestore.ids import Ids
+from featurestore.ids import Ids, hashes
 from featurestore.references import read_value
 from featurestore.row_order import BY_ID, order_of, out_of_order
 from featurestore.storage import Storage
@@ -193,6 +193,25 @@ class Corpus:
             went = " any more: it was taken out of the source, or changed" if stored else ""
             raise NotFound(f"corpus {self.name!r} has no sample {sample_id!r} in version {self.version}{went}")
         return found[0]
+
+    def locate_all(self, ids: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What `locate` says of each of many: shard -> (int64 positions in `ids`, int64 rows in the shard)."""
+        names, wanted = pa.array(ids, pa.string()), hashes(list(ids))
+        first = self.index.find(wanted)
+        # Hardly a hash stands twice: what stands once is there or nowhere, and is looked up with the others of its shard.
+        once = np.flatnonzero((first >= 0) & (np.searchsorted(self.index.hash, wanted, "right") - first == 1))
+        found, there = {}, np.zeros(len(ids), bool)
+        for key, own in self.index.grouped(first[once]).items():
+            at, stored = once[own], self.read(key)["id"]
+            rows = self.index.rows[first[at]].astype(np.int64)
+            good = (rows < len(stored)) & ~np.isin(rows, self.gone.get(key, []))
+            good[good] = np.asarray(pc.equal(stored.take(rows[good]), names.take(at[good])))
+            found[key], there[at] = (at[good], rows[good]), good
+        for number in np.flatnonzero(~there).tolist():
+            key, row = self.locate(ids[number])
+            at, rows = found.get(key, (np.array([], np.int64),) * 2)
+            found[key] = np.append(at, number), np.append(rows, row)
+        return found
 
     def _id_at(self, key: str, row: int) -> str:
         ids = self.read(key)["id"]

@@ -124,7 +124,11 @@ class Ids:
     @cached_property
     def by_shard(self) -> dict[str, np.ndarray]:
         """Shard -> int64 places of its samples."""
-        codes = self._ranges.astype(np.int64) << 32 | self._parts
+        return self.grouped(np.arange(len(self)))
+
+    def grouped(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """Shard -> int64 numbers of those of `places` that are of its samples, ascending."""
+        codes = self._ranges[places].astype(np.int64) << 32 | self._parts[places]
         order = np.argsort(codes, kind="stable")
         bounds = np.flatnonzero(np.diff(codes[order])) + 1
-        return {self.shard(int(each[0])): each for each in np.split(order, bounds) if len(each)}
+        return {self.shard(int(places[each[0]])): each for each in np.split(order, bounds) if len(each)}

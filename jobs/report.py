@@ -9,11 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.builds import INDEX
-from featurestore.corpora import MISSES, QUARANTINE
+from featurestore.corpora import MISSES, QUARANTINE, REJECTED
 from featurestore.errors import AlignmentError
 from featurestore.store import FeatureStore
 from featurestore.views import VIEW
-from pipelines.quarantine import quarantined
 
 _PREFIXES = 10
 _DUPLICATES = 10
@@ -27,11 +26,7 @@ def counted(count: int, what: str) -> str:
 
 def rejected(store: FeatureStore, corpus: str) -> list[dict[str, Any]]:
     """Every quarantined value of a corpus's samples: id, field, stage, reason, detail, source."""
-    views = [view for view in map(store.view, store.views()) if view.corpus.name == corpus]
-    scopes = [("", f"shard/{corpus}"), *((view.recipe, f"encode/{view.name}") for view in views)]
-    rows: list[dict[str, Any]] = []
-    for recipe, name in scopes:
-        rows += [row for _, own in quarantined(store.snapshot, corpus, name, recipe) for row in own]
+    rows: list[dict[str, Any]] = store.quarantine(corpus).select(REJECTED.names).to_pylist()
     return rows
 
 

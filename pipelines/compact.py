@@ -27,7 +27,7 @@ from featurestore.ids import IDS
 from featurestore.row_order import AS_STORED, BY_ID, BY_TAR, order_of
 from featurestore.storage import Storage
 from featurestore.tombstones import TOMBSTONES
-from featurestore.views import VIEW, View
+from featurestore.views import VIEW, View, whole
 from featurestore.views import schema as view_schema
 from pipelines import shard
 from pipelines.runner import InFlight, Job, Result, check_complete
@@ -125,7 +125,7 @@ class Compactor:
                 about = {key: about[key] for key in ("corpus", "field", "encoder")}
                 writer = ViewWriter(storage, name, entry.recipe, about)
                 quarantine = snapshot.entries(QUARANTINE, f"encode/{name}", entry.recipe)
-                self._views.append((View(snapshot, name), writer, quarantine))
+                self._views.append((whole(snapshot, [name])[name], writer, quarantine))
 
     def write(self, task: ShardTask) -> Result:
         """One shard and its part of every view; the Result has the entries of all."""

@@ -281,8 +281,9 @@ def check_budget(job: str, results: Iterable[Result], budget: float, published: 
         example = next((each.example for each in results if each.rejected), "see quarantine/")
         raise BudgetExceeded(
             f"{job}: {rejected} of {tried} values were rejected ({rejected / tried:.2%}), more than the failure budget of "
-            f"{budget:.2%}; e.g. {example}. Nothing was published and nothing is lost: mend the values, or raise "
-            f"corpus.failure_budget in the spec above {rejected / tried:.2%}, and run it again (what is done is kept)"
+            f"{budget:.2%}; e.g. {example}; `braid quarantine SPEC` lists all of them. Nothing was published and nothing is "
+            f"lost: mend the values, or raise corpus.failure_budget in the spec above {rejected / tried:.2%}, and run it again "
+            "(what is done is kept)"
         )
 
 

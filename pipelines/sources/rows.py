@@ -13,7 +13,9 @@ from featurestore.row_order import BY_ID
 from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
 from pipelines.sources import Sample, SampleRef, Value
 
-__all__ = ["InlineText", "Record", "Row", "RowSource"]
+__all__ = ["InlineText", "Record", "Row", "RowSource", "Spoiled", "inline"]
+
+_SHOWN = 80
 
 
 class InlineText(NamedTuple):
@@ -31,6 +33,22 @@ class InlineText(NamedTuple):
         if len(self.text) > MAX_VALUE_BYTES:
             raise DecodeError("too_large", f"{len(self.text)} characters; at most {MAX_VALUE_BYTES} bytes are allowed")
         return as_read(self.text)
+
+
+class Spoiled(NamedTuple):
+    """A value that its source shows to be none, before it is read."""
+
+    reason: str
+    detail: str
+    source: str
+
+    def stat(self) -> tuple[int, str]:
+        """No size; what is wrong with it."""
+        return 0, f"{self.reason}: {self.detail}"
+
+    def fetch(self) -> bytes:
+        """Raises DecodeError."""
+        raise DecodeError(self.reason, self.detail)
 
 
 class Record(NamedTuple):
@@ -173,8 +191,12 @@ class RowSource(ABC):
             yield Sample(sample_id, group, reference.etag, columns, dict(row.values))
 
 
-def inline(value: Any, source: str) -> InlineText:
-    """A column's value as text: itself, or JSON."""
+def inline(value: Any, source: str) -> InlineText | Spoiled:
+    """A column's value as a text: itself, or a number's or a truth's. A list or an object is none (`not_text`)."""
+    if isinstance(value, list | dict):
+        kind, shown = "a list" if isinstance(value, list) else "an object", json.dumps(value, ensure_ascii=False)
+        more = "…" if len(shown) > _SHOWN else ""
+        return Spoiled("not_text", f"{shown[:_SHOWN]}{more} is {kind}; make it a text in the source", source)
     return InlineText(value if isinstance(value, str) else json.dumps(value), source)
 
 

@@ -11,8 +11,9 @@ does any column that the spec calls so: `from: json.caption` reads a text field 
 sample the tar has not (img2dataset's failed downloads) is no sample. Columns of bytes there are not kept.
 
 Planning reads headers and `json` members. Tars are anybody's: a link, a pipe or a device is no value (`no_file`), and is
-followed nowhere; two members of one name are none (`ambiguous`). Of a tar that is cut off comes in what is whole: the value
-that the cut went through is rejected as `truncated`, and so is what its sample lacks; `remarks()` tells of it.
+followed nowhere; two members of one name are none (`ambiguous`), nor is a column's list or object a text (`not_text`). Of a
+tar that is cut off comes in what is whole: the value that the cut went through is rejected as `truncated`, and so is what its
+sample lacks; `remarks()` tells of it.
 
 Shards are cut in the tars' order, so that a worker reads one stretch of them. With `adopt: true` each tar is a shard as it is,
 however large, and must be as adopted.py says.
@@ -25,14 +26,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from featurestore.errors import DecodeError, InputError
+from featurestore.errors import InputError
 from featurestore.row_order import BY_SOURCE, BY_TAR
 from pipelines.sources import SampleRef, Source, Value
 from pipelines.sources.adopted import Rules
 from pipelines.sources.files import Part, expand
-from pipelines.sources.rows import Row, RowSource, as_read, inline
+from pipelines.sources.rows import Row, RowSource, Spoiled, as_read, inline
 from pipelines.sources.sidecar import Sidecar
 from pipelines.sources.tar_members import MAX_AT_ONCE, CutOff, Member, Tar, members
 
@@ -59,22 +60,6 @@ def split_name(name: str) -> tuple[str, str]:
     if not dot or not (stem or (slash and "." not in folder.rpartition("/")[2])):
         return "", ""
     return folder + slash + stem, extension.lower()
-
-
-class Spoiled(NamedTuple):
-    """A value that the tar's headers show to be none."""
-
-    reason: str
-    detail: str
-    source: str
-
-    def stat(self) -> tuple[int, str]:
-        """No size; what is wrong with it."""
-        return 0, f"{self.reason}: {self.detail}"
-
-    def fetch(self) -> bytes:
-        """Raises DecodeError."""
-        raise DecodeError(self.reason, self.detail)
 
 
 @dataclass
