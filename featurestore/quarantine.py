@@ -12,7 +12,7 @@ from featurestore.corpora import QUARANTINE, REJECTED, ROWS, Corpus
 from featurestore.errors import AlignmentError
 from featurestore.views import VIEW
 
-__all__ = ["SCHEMA", "read", "rejections"]
+__all__ = ["SCHEMA", "read", "rejections", "there"]
 
 SCHEMA = REJECTED.append(pa.field("corpus", pa.string(), nullable=False)).append(pa.field("view", pa.string()))
 """What `rejections` gives; `view` is null where the value was rejected when the corpus was sharded."""
@@ -30,7 +30,7 @@ def rejections(snapshot: Snapshot, corpus: str | None = None) -> pa.Table:
     for name in snapshot.names(ROWS) if corpus is None else [corpus]:
         opened = Corpus(snapshot, name)
         for view, entry in _entries(snapshot, name):
-            tables.append(_of(_there(opened, entry, read(snapshot, entry)), name, view))
+            tables.append(_of(there(opened, entry, read(snapshot, entry)), name, view))
     return pa.concat_tables(tables)
 
 
@@ -53,8 +53,8 @@ def _entries(snapshot: Snapshot, corpus: str) -> Iterator[tuple[str | None, Entr
             yield from ((view, entry) for entry in snapshot.entries(QUARANTINE, f"encode/{view}", first.recipe))
 
 
-def _there(corpus: Corpus, entry: Entry, table: pa.Table) -> pa.Table:
-    """Without the samples that are gone."""
+def there(corpus: Corpus, entry: Entry, table: pa.Table) -> pa.Table:
+    """What of a shard's quarantine file is of samples that are not gone."""
     gone = corpus.gone.get(entry.shard, np.array([], np.int64))
     if not len(gone):
         return table

@@ -7,8 +7,9 @@ import pyarrow as pa
 
 from featurestore import artefact
 from featurestore.catalog import Snapshot
-from featurestore.corpora import QUARANTINE, REJECTED, Corpus, read_rows
+from featurestore.corpora import QUARANTINE, REJECTED, Corpus
 from featurestore.errors import DecodeError
+from featurestore.quarantine import read, there
 from featurestore.storage import Storage
 
 
@@ -30,12 +31,7 @@ def quarantined(snapshot: Snapshot, corpus: str, scope: str, recipe: str) -> Ite
     """
     opened = Corpus(snapshot, corpus)
     for entry in snapshot.entries(QUARANTINE, scope, recipe):
-        table = artefact.read_table(artefact.read_checked(snapshot.storage, entry.path, entry.sha256))
-        gone: set[str] = set()
-        if entry.shard in opened.gone:
-            ids = read_rows(snapshot.storage, opened.shard(entry.shard))["id"]
-            gone = set(ids.take(pa.array(opened.gone[entry.shard])).to_pylist())
-        if rows := [row for row in table.to_pylist() if row["id"] not in gone]:
+        if rows := there(opened, entry, read(snapshot, entry)).to_pylist():
             yield entry.shard, rows
 
 
