@@ -277,12 +277,12 @@ class Query:
             StoreError: this machine's encoder is not the one that the view was made with.
         """
         encoder = self._encoder(view)
-        return encoder.encode([encoder.decode(raw)])
+        return encoder.encode([encoder.decode_query(raw)])
 
     def _encoder(self, view: View) -> encoders.BaseEncoder:
         card = view.encoder
         if card["fingerprint"] not in self._encoders:
-            encoder = encoders.find(card["key"], card["options"])
+            encoder = encoders.find_as(card)
             here = encoder.card()
             if encoder.fingerprint() != card["fingerprint"]:
                 differs = [name for name in here if here[name] != card.get(name)]

