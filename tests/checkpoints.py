@@ -8,6 +8,7 @@ import functools
 import shutil
 import string
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,112 @@ def _efficientnet(folder: Path) -> None:
     _processor(folder, "EfficientNetImageProcessorPil", size={"height": 64, "width": 64})
 
 
+def _clip(folder: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    tokenizer = word_pieces(model_max_length=77, eos_token="[SEP]", bos_token="[CLS]")
+    text = {**TINY, "vocab_size": len(tokenizer), "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0}
+    config = CLIPConfig(
+        text_config=text, vision_config={**TINY, "image_size": SIDE, "patch_size": 8}, projection_dim=24
+    )
+    drawn(CLIPModel(config)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    _processor(folder, "CLIPImageProcessorPil", **size)
+    tokenizer.save_pretrained(folder)
+
+
+def _siglip(folder: Path) -> None:
+    from transformers import SiglipConfig, SiglipModel
+
+    tokenizer = word_pieces(model_max_length=64)
+    text = {**TINY, "vocab_size": len(tokenizer), "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0}
+    config = SiglipConfig(text_config=text, vision_config={**TINY, "image_size": SIDE, "patch_size": 8})
+    drawn(SiglipModel(config), gain=2.0).save_pretrained(folder)
+    _processor(folder, "SiglipImageProcessorPil", size={"height": SIDE, "width": SIDE})
+    tokenizer.save_pretrained(folder)
+
+
+def _clap(folder: Path) -> None:
+    from transformers import ClapConfig, ClapModel
+
+    tokenizer = word_pieces(model_max_length=60)
+    sizes = {"patch_embeds_hidden_size": 16, "hidden_size": 64, "depths": [1, 1, 1], "num_attention_heads": [2, 2, 2]}
+    audio = {**sizes, "num_mel_bins": 64, "spec_size": 128, "window_size": 4, "enable_fusion": True}
+    text = {
+        **TINY,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "type_vocab_size": 1,
+    }
+    config = ClapConfig(text_config=text, audio_config=audio, projection_dim=24)
+    drawn(ClapModel(config)).save_pretrained(folder)
+    _processor(folder, "ClapFeatureExtractor", feature_size=64, truncation="fusion", max_length_s=2)
+    tokenizer.save_pretrained(folder)
+
+
+WAVE = {"conv_dim": (16, 16, 16), "conv_stride": (5, 4, 4), "conv_kernel": (10, 4, 4), "num_feat_extract_layers": 3}
+
+
+def _wav2vec2(folder: Path, norm: str = "group") -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    config = Wav2Vec2Config(
+        **TINY, **WAVE, feat_extract_norm=norm, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4
+    )
+    drawn(Wav2Vec2Model(config)).save_pretrained(folder)
+    _processor(folder, "Wav2Vec2FeatureExtractor", do_normalize=True, return_attention_mask=norm == "layer")
+
+
+def _hubert(folder: Path) -> None:
+    from transformers import HubertConfig, HubertModel
+
+    config = HubertConfig(
+        **TINY, **WAVE, feat_extract_norm="layer", num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4
+    )
+    drawn(HubertModel(config)).save_pretrained(folder)
+    _processor(folder, "Wav2Vec2FeatureExtractor", do_normalize=True, return_attention_mask=True)
+
+
+def _whisper(folder: Path) -> None:
+    from transformers import WhisperConfig, WhisperModel
+
+    sizes = {
+        f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in {"layers": 2, "ffn_dim": 64}.items()
+    }
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = WhisperConfig(d_model=32, vocab_size=60, num_mel_bins=80, **sizes, **heads, **_ends(2))
+    drawn(WhisperModel(config)).save_pretrained(folder)
+    _processor(folder, "WhisperFeatureExtractor", feature_size=80)
+
+
+def _ends(token: int) -> dict[str, int]:
+    return {f"{name}_token_id": token for name in ("pad", "bos", "eos", "decoder_start")}
+
+
+def _ast(folder: Path) -> None:
+    from transformers import ASTConfig, ASTModel
+
+    drawn(ASTModel(ASTConfig(**TINY, max_length=200))).save_pretrained(folder)
+    with warnings.catch_warnings():
+        # Of its own 128 mel bands one has no frequency.
+        warnings.simplefilter("ignore")
+        _processor(folder, "ASTFeatureExtractor", max_length=200)
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
+    "ast": _ast,
     "bert": _bert,
+    "clap": _clap,
+    "clip": _clip,
     "dinov2": _dinov2,
     "efficientnet": _efficientnet,
+    "hubert": _hubert,
     "resnet": _resnet,
+    "siglip": _siglip,
     "vit": _vit,
+    "wav2vec2": _wav2vec2,
+    "whisper": _whisper,
 }
 """Kind -> what writes its checkpoint into a folder."""
 

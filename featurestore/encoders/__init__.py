@@ -34,7 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Modules of this package that encoders share: no encoders themselves.
-_SHARED = frozenset({"checkpoints", "image_processors", "mel", "runtime"})
+_SHARED = frozenset({"audio_processors", "checkpoints", "image_processors", "mel", "runtime"})
 
 
 class EncoderOptions(BaseModel):

@@ -21,9 +21,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from featurestore.encoders import BaseEncoder, EncoderOptions
+from featurestore.encoders.runtime import device
 from featurestore.errors import InputError, MissingExtra
 
-__all__ = ["CheckpointEncoder", "CheckpointOptions", "folder_of"]
+__all__ = ["CheckpointEncoder", "CheckpointOptions", "folder_of", "silent", "tokenizer_of"]
 
 READ = (".json", ".txt", ".model", ".safetensors")
 """Endings of the files of a checkpoint that are read, in its folder itself."""
@@ -129,13 +130,6 @@ class CheckpointEncoder(BaseEncoder):
                 raise self.unfit(f"it {what} {len(names)} weights: {listed}; take one that is whole")
 
 
-def device() -> str:
-    """Where models run: `cuda` where there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @contextmanager
 def silent() -> Iterator[None]:
     """Transformers without bars and warnings, which would break through a job's own."""
@@ -148,6 +142,22 @@ def silent() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def tokenizer_of(owner: CheckpointEncoder) -> Any:
+    """The tokenizer of an encoder's checkpoint, padding on the right. InputError where it cannot be read."""
+    from transformers import AutoTokenizer
+
+    with silent():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(owner.folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise owner.unfit(f"its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+    # On the left it would move the positions of a model that counts them from the first place.
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders import BaseEncoder, EncoderOptions, package_file
+from featurestore.encoders.runtime import device
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +88,8 @@ class Encoder(BaseEncoder):
             return np.empty((0, self.dim), np.float32)
         with torch.inference_mode():
             # [B, H, W, C] seen as [B, C, H, W] is channels-last as it stands: nothing is copied for the layout.
-            images_BCHW = torch.from_numpy(np.stack(values)).permute(0, 3, 1, 2)
-            features: NDArray[np.float32] = model((images_BCHW.float() - MEAN) / SCALE).numpy()
+            images_BCHW = torch.from_numpy(np.stack(values)).permute(0, 3, 1, 2).to(device())
+            features: NDArray[np.float32] = model((images_BCHW.float() - MEAN) / SCALE).cpu().numpy()
         return features
 
     def _load(self) -> Any:
@@ -96,7 +97,7 @@ class Encoder(BaseEncoder):
 
         (path,) = self.weights().values()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return build(state).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return build(state).eval().to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build(state: Mapping[str, "torch.Tensor"]) -> "torch.nn.Module":

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from featurestore import media
-from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions, silent
+from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions, tokenizer_of
 
 __all__ = ["Encoder", "Options"]
 
@@ -132,17 +132,7 @@ class Encoder(CheckpointEncoder):
         return vectors
 
     def _load(self) -> Any:
-        from transformers import AutoTokenizer
-
-        with silent():
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            except (OSError, ValueError, KeyError) as error:
-                raise self.unfit(f"its tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
-        # On the left it would move the positions of a model that counts them from the first place.
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = tokenizer_of(self)
         model = self.model("AutoModel", unused=("pooler.",))
         return tokenizer, model, min(self._cuts(tokenizer, model))
 
