@@ -342,9 +342,13 @@ def _of_encoders(tree: Document) -> Iterator[Mistake]:
             text = f"{_shown(key)} takes {' or '.join(takes)}, but field {_shown(source)} is {_shown(has)}"
             yield tree.mistake(("views", name, "encoder"), text)
         try:
-            encoders.find_for(key, options, has if isinstance(has, str) else takes[0])
+            made = encoders.find_for(key, options, has if isinstance(has, str) else takes[0])
         except InputError as error:
             yield tree.mistake(("views", name, "options"), str(error))
+            continue
+        if isinstance(has, str) and has in takes and made.modality != has:
+            text = f"it takes {made.modality}, but field {_shown(source)} is {_shown(has)}"
+            yield tree.mistake(("views", name, "options"), text)
 
 
 def _of_source(tree: Document) -> Iterator[Mistake]:

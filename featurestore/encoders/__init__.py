@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.resources
 import json
 import pkgutil
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Modules of this package that encoders share: no encoders themselves.
-_SHARED = frozenset({"audio_processors", "checkpoints", "image_processors", "mel", "runtime"})
+_SHARED = frozenset({"audio_processors", "checkpoints", "contract", "image_processors", "mel", "runtime"})
 
 
 class EncoderOptions(BaseModel):
@@ -198,12 +199,19 @@ def find(key: str, options: Mapping[str, Any] | None = None) -> BaseEncoder:
 
 def find_for(key: str, options: Mapping[str, Any], modality: str) -> BaseEncoder:
     """Make the encoder of this key for a field of a modality, which is an option of one that takes several."""
-    several = key in keys() and modality in modalities(key) and len(modalities(key)) > 1
+    several = key in keys() and modality in modalities(key) and "modality" in _module(key).Options.model_fields
     return find(key, {"modality": modality, **options} if several else options)
 
 
 def find_as(card: Mapping[str, Any]) -> BaseEncoder:
-    """Make the encoder that has this card; what is installed here may give it another fingerprint."""
+    """Make the encoder that has this card; what is installed here may give it another fingerprint.
+
+    Raises:
+        InputError: it is a class of a module that is not imported here: a card may be anybody's, and imports nothing.
+    """
+    own = str(card["options"].get("class", "")).partition(":")[0]
+    if own and own not in sys.modules:
+        raise InputError(f"this view was made by {card['options']['class']!r}: import {own} before, if you trust it")
     return find(card["key"], {**card["options"], **card.get("address", {})})
 
 

@@ -24,7 +24,7 @@ from featurestore.encoders import BaseEncoder, EncoderOptions
 from featurestore.encoders.runtime import device
 from featurestore.errors import InputError, MissingExtra
 
-__all__ = ["CheckpointEncoder", "CheckpointOptions", "folder_of", "silent", "tokenizer_of"]
+__all__ = ["CheckpointEncoder", "CheckpointOptions", "file_of", "folder_of", "silent", "tokenizer_of"]
 
 READ = (".json", ".txt", ".model", ".safetensors")
 """Endings of the files of a checkpoint that are read, in its folder itself."""
@@ -214,22 +214,31 @@ def _of_hub(address: str, revision: str | None) -> Path:
         ) from error
 
 
+def file_of(address: str) -> Path:
+    """A file that is here, or of an object store and fetched. InputError where there is none."""
+    found = _fetched(address) / address.rpartition("/")[2] if "://" in address else Path(address).expanduser()
+    if not found.is_file():
+        raise InputError(f"{address!r}: no such file; name one that is here, or at s3://… or gs://…")
+    return found
+
+
 @lru_cache(maxsize=16)
 def _fetched(address: str) -> Path:
-    """A checkpoint of an object store, in the cache folder under a digest of its address and its files' sizes and etags."""
+    """A checkpoint or a file of an object store, in the cache folder under a digest of its address and of sizes and etags."""
     import fsspec
 
     try:
         fs, root = fsspec.core.url_to_fs(address)
         fs.invalidate_cache()
-        listed = {each["name"].rpartition("/")[2]: each for each in fs.ls(root, detail=True) if each["type"] == "file"}
+        found = [each for each in fs.ls(root, detail=True) if each["type"] == "file"]
+        listed = {each["name"].rpartition("/")[2]: each for each in found}
     except ImportError as error:
         raise MissingExtra(f"checkpoint {address} needs a package that is not installed here: {error}") from error
     except Exception as error:
         raise InputError(
             f"checkpoint {address} cannot be listed: {error}; correct the address or its rights"
         ) from error
-    wanted = {name: each for name, each in sorted(listed.items()) if Path(name).suffix in READ}
+    wanted = {name: each for name, each in sorted(listed.items()) if Path(name).suffix in READ or len(found) == 1}
     if (size := sum(int(each["size"] or 0) for each in wanted.values())) > MAX_BYTES:
         raise InputError(f"checkpoint {address} has {size} bytes; at most {MAX_BYTES} are fetched")
     state = [(name, each["size"], str(each.get("ETag") or each.get("etag"))) for name, each in wanted.items()]

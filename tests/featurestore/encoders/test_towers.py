@@ -35,7 +35,9 @@ def test_images_and_texts_are_those_of_the_whole_model(kind: str) -> None:
     )
     # As the authors of SigLIP say: padded to the end, always.
     padding = "max_length" if kind == "siglip" else True
-    tokens = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=padding, truncation=True, max_length=64, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder)(
+        TEXTS, padding=padding, truncation=True, max_length=64, return_tensors="pt"
+    )
     with torch.inference_mode():
         images, texts = unit(model.get_image_features(**pixels)), unit(model.get_text_features(**tokens))
     image, text = found("clip", kind, "image"), found("clip", kind, "text")
