@@ -14,23 +14,15 @@ from featurestore import media
 from featurestore.encoders import BaseEncoder
 from featurestore.errors import DecodeError
 
-__all__ = ["CHECKS", "check", "examples"]
+__all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "examples"]
 
 BATCH_TOLERANCE = 1e-4
 """By how much a component may move with the size of its batch: this, and a hundred-thousandth of itself."""
 
+CHANNELS = 3
+"""Of the examples of sensors."""
+
 BAD = (b"", b"\xff\xfe\x00 neither text nor media")
-
-
-def examples(modality: str, channels: int = 3) -> list[bytes]:
-    """Values of a modality, of unlike sizes and none like another."""
-    makers: dict[str, Callable[[], list[bytes]]] = {
-        "text": _texts,
-        "image": lambda: [_image(color, size) for color, size in zip(_COLORS, _SIZES, strict=True)],
-        "audio": lambda: [_sound(hertz, seconds) for hertz, seconds in _SOUNDS],
-        "sensor": lambda: [_readings(count, channels) for count in (50, 64, 100, 128, 200)],
-    }
-    return makers[modality]()
 
 
 _COLORS = ("red", "blue", "green", "black", "red", "red", "red")
@@ -68,6 +60,20 @@ def _readings(count: int, channels: int) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, values.astype("<f4"), allow_pickle=False)
     return buffer.getvalue()
+
+
+EXAMPLES: dict[str, Callable[[], list[bytes]]] = {
+    "text": _texts,
+    "image": lambda: [_image(color, size) for color, size in zip(_COLORS, _SIZES, strict=True)],
+    "audio": lambda: [_sound(hertz, seconds) for hertz, seconds in _SOUNDS],
+    "sensor": lambda: [_readings(count, CHANNELS) for count in (50, 64, 100, 128, 200)],
+}
+"""Modality -> what makes values of it, of unlike sizes and none like another."""
+
+
+def examples(modality: str) -> list[bytes]:
+    """Values of a modality."""
+    return EXAMPLES[modality]()
 
 
 def shape(encoder: BaseEncoder, values: Sequence[Any]) -> Iterator[str]:
@@ -133,6 +139,14 @@ CHECKS: dict[str, Callable[[BaseEncoder, Sequence[Any]], Iterator[str]]] = {
 
 
 def check(encoder: BaseEncoder, raws: Sequence[bytes]) -> dict[str, list[str]]:
-    """Every check -> what does not hold; nothing where it does."""
+    """Every check -> what does not hold; nothing where it does. DecodeError where a value is rejected."""
     values = [encoder.decode(raw) for raw in raws]
-    return {name: list(tried(encoder, values)) for name, tried in CHECKS.items()}
+    return {name: list(_tried(tried(encoder, values))) for name, tried in CHECKS.items()}
+
+
+def _tried(broken: Iterator[str]) -> Iterator[str]:
+    try:
+        yield from broken
+    except Exception as error:
+        # Of anybody's class: whatever it raises is what does not hold.
+        yield f"it raises {type(error).__name__}: {error}"

@@ -121,4 +121,5 @@ class Encoder(BaseEncoder):
         return vectors
 
     def _load(self) -> Any:
-        return self._own.load() or ()
+        model = self._own.load()
+        return () if model is None else model
