@@ -22,7 +22,7 @@ from featurestore.views import View
 if TYPE_CHECKING:
     from PIL import Image
 
-MODALITIES = ("text", "image", "audio")
+MODALITIES = ("text", "image", "audio", "video", "sensor")
 
 _T = TypeVar("_T")
 
@@ -31,7 +31,7 @@ class Hit(NamedTuple):
     """A sample that was found.
 
     `score` is the cosine in the index's space, `view` the view whose vector was found. `image`, `text` and `audio` open the
-    sample's first field of that modality from the corpus.
+    sample's first field of that modality from the corpus; `raw("video")` is a video's bytes.
     """
 
     id: str

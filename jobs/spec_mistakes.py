@@ -246,6 +246,9 @@ def _estimated(field: Mapping[str, Any]) -> bool:
 
 def _of_stream(name: str, field: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     modality = field.get("modality")
+    if modality == "video":
+        yield ("modality",), "'video' is for whole files; a window has a frame of a video: write modality: image"
+        return
     allowed = POLICIES.get(modality, ()) if isinstance(modality, str) else ()
     policy = field.get("policy", allowed[0] if allowed else None)
     if allowed and policy not in allowed:
