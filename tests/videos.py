@@ -39,9 +39,10 @@ def video(
     codec: str = "",
     key_every: int = 12,
     options: dict[str, str] | None = None,
+    greys: Sequence[int] | None = None,
     drawn: NDArray[np.uint8] | None = None,
 ) -> bytes:
-    """A video whose frames are shown at some times; `drawn` uint8 [height, width, 3] stands for all of their pictures."""
+    """A video whose frames are shown at some times; of other `greys`, or all as `drawn`, uint8 [height, width, 3]."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=_NAMES.get(container, container), options=options or {}) as file:
         codec = codec or CODECS[container]
@@ -51,7 +52,8 @@ def video(
         stream.time_base = stream.codec_context.time_base = _TICK
         stream.codec_context.gop_size, stream.codec_context.bit_rate = key_every, 20_000_000
         for number, time in enumerate(times_ms):
-            pixels = np.full((size[1], size[0], 3), grey(number), np.uint8) if drawn is None else drawn
+            level = greys[number] if greys else grey(number)
+            pixels = np.full((size[1], size[0], 3), level, np.uint8) if drawn is None else drawn
             frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="yuv420p")
             frame.pts, frame.time_base = time, _TICK
             file.mux(stream.encode(frame))

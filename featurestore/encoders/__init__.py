@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.resources
+import io
 import json
 import pkgutil
 import sys
@@ -21,13 +22,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from featurestore.encoders.option_errors import option_errors
 from featurestore.errors import InputError, MissingExtra
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = [
     "BaseEncoder", "EncoderOptions", "find", "find_as", "find_for", "fingerprint_of", "keys", "modalities", "package_file",
@@ -35,7 +40,9 @@ __all__ = [
 ]  # fmt: skip
 
 # Modules of this package that encoders share: no encoders themselves.
-_SHARED = frozenset({"audio_processors", "checkpoints", "contract", "image_processors", "mel", "runtime"})
+_SHARED = frozenset(
+    {"audio_processors", "checkpoints", "contract", "image_processors", "mel", "option_errors", "runtime"}
+)
 
 
 class EncoderOptions(BaseModel):
@@ -103,6 +110,12 @@ class BaseEncoder(ABC):
         Raises:
             DecodeError: the bytes are not a value of this modality; a reason of `featurestore.media`.
         """
+
+    def prepare(self, image: "Image.Image") -> Any:
+        """Turn a picture, mode RGB, into one value for `encode`, as `decode` does its file: of encoders of images alone."""
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=1)
+        return self.decode(buffer.getvalue())
 
     def decode_query(self, raw: bytes) -> Any:
         """Turn the bytes of a query into one value for `encode`: as `decode`, where the model knows no difference."""
@@ -192,7 +205,7 @@ def find(key: str, options: Mapping[str, Any] | None = None) -> BaseEncoder:
     try:
         checked = module.Options.model_validate(dict(options or {}))
     except ValidationError as error:
-        raise InputError(_option_errors(key, module.Options, error)) from None
+        raise InputError(option_errors(key, module.Options.model_json_schema()["properties"], error)) from None
     encoder: BaseEncoder = module.Encoder(checked)
     return encoder
 
@@ -209,10 +222,17 @@ def find_as(card: Mapping[str, Any]) -> BaseEncoder:
     Raises:
         InputError: it is a class of a module that is not imported here: a card may be anybody's, and imports nothing.
     """
-    own = str(card["options"].get("class", "")).partition(":")[0]
-    if own and own not in sys.modules:
-        raise InputError(f"this view was made by {card['options']['class']!r}: import {own} before, if you trust it")
-    return find(card["key"], {**card["options"], **card.get("address", {})})
+    options = {**card["options"], **card.get("address", {})}
+    for cls in _classes(options):
+        if (own := cls.partition(":")[0]) not in sys.modules:
+            raise InputError(f"this view was made by {cls!r}: import {own} before, if you trust it")
+    return find(card["key"], options)
+
+
+def _classes(options: Mapping[str, Any]) -> list[str]:
+    """The classes that options name, by either name of that option; also those of an encoder of images within another."""
+    parts = [each for each in (options, options.get("image_options")) if isinstance(each, Mapping)]
+    return [str(part[name]) for part in parts for name in ("class", "class_") if name in part]
 
 
 def modalities(key: str) -> tuple[str, ...]:
@@ -223,41 +243,15 @@ def modalities(key: str) -> tuple[str, ...]:
 
 def ready(modality: str) -> list[str]:
     """Return the keys of the encoders of a modality that need no option, sorted."""
-    return [key for key in keys() if modality in modalities(key) and not _required(_module(key).Options)]
+    return [key for key in keys() if modality in modalities(key) and not _needs_options(key)]
 
 
 def _module(key: str) -> Any:
     return importlib.import_module(f"{__name__}.{key.replace('-', '_')}")
 
 
-def _required(options: type[EncoderOptions]) -> list[str]:
-    return [name for name, field in options.model_fields.items() if field.is_required()]
-
-
-def _option_errors(key: str, options: type[EncoderOptions], error: ValidationError) -> str:
-    known = options.model_json_schema()["properties"]
-    wrong = []
-    for found in error.errors():
-        name, value = str(found["loc"][0]), repr(found["input"])
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        if found["type"] == "missing":
-            wrong.append(f"option {name!r} is missing")
-            continue
-        told = f"does not exist{hint}" if found["type"] == "extra_forbidden" else "is not allowed"
-        wrong.append(f"option {name!r} = {value if len(value) <= 80 else value[:76] + ' ...'} {told}")
-    allowed = "; ".join(f"{name} ({_what_it_takes(about)})" for name, about in known.items())
-    return f"encoder {key!r}: {'; '.join(wrong)}; allowed: {allowed}"
-
-
-def _what_it_takes(about: Mapping[str, Any]) -> str:
-    """An option's type, range, meaning and default, from its JSON schema."""
-    kinds = [each for each in about.get("anyOf", [about]) if each.get("type") != "null"]
-    limits = [f"{word} {kinds[0][name]}" for word, name in (("from", "minimum"), ("to", "maximum")) if name in kinds[0]]
-    kind = " or ".join(map(str, kinds[0]["enum"])) if "enum" in kinds[0] else str(kinds[0]["type"])
-    default = f", default {about['default']}" if about.get("default") is not None else ""
-    needed = "" if "default" in about else ", needed"
-    return f"{' '.join([kind, *limits])}{default}{needed}: {about['description']}"
+def _needs_options(key: str) -> bool:
+    return any(field.is_required() for field in _module(key).Options.model_fields.values())
 
 
 def package_file(package: str, *parts: str) -> Path:

@@ -16,9 +16,10 @@ import soundfile
 from PIL import Image
 
 from featurestore import encoders, media
-from featurestore.encoders import BaseEncoder
+from featurestore.encoders import BaseEncoder, contract
 from featurestore.encoders.runtime import tune_process
 from featurestore.errors import DecodeError, InputError
+from tests import videos
 from tests.checkpoints import checkpoint
 
 # Encoder, the kind of checkpoint (tests/checkpoints.py) that it is given, and the modality, where it takes several.
@@ -42,6 +43,7 @@ CASES = [
     "log-mel",
     "mfcc",
     "minilm-l6",
+    "video-frames/vit",
 ]
 every = pytest.mark.parametrize("case", CASES)
 # An option of each encoder with a value that is not its default.
@@ -55,6 +57,7 @@ OTHER_OPTION: dict[str, dict[str, Any]] = {
     "log-mel": {"n_mels": 32},
     "mfcc": {"n_mfcc": 13},
     "minilm-l6": {"batch_size": 9},
+    "video-frames": {"pooling": "max"},
 }
 
 
@@ -64,6 +67,8 @@ def key_of(case: str) -> str:
 
 def options(case: str) -> dict[str, Any]:
     kind, _, modality = case.partition("/")[2].partition("/")
+    if key_of(case) == "video-frames":
+        return {"image_encoder": "hf-image", "image_options": {"checkpoint": str(checkpoint(kind))}}
     return ({"checkpoint": str(checkpoint(kind))} if kind else {}) | ({"modality": modality} if modality else {})
 
 
@@ -112,9 +117,10 @@ VALUES: dict[str, list[bytes]] = {
         sound(3000, 3),
         sound(55, 0.3),
     ],
+    "video": contract.examples("video"),
 }
 # The emptiest value of each modality that is still valid.
-PLAINEST = {"text": b"a", "image": image("white", (64, 64)), "audio": sound(0, 1)}
+PLAINEST = {"text": b"a", "image": image("white", (64, 64)), "audio": sound(0, 1), "video": videos.video([0], "mkv")}
 
 
 def decoded(case: str) -> list[Any]:
