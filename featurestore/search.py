@@ -31,7 +31,7 @@ class Hit(NamedTuple):
     """A sample that was found.
 
     `score` is the cosine in the index's space, `view` the view whose vector was found. `image`, `text` and `audio` open the
-    sample's first field of that modality from the corpus.
+    sample's first field of that modality from the corpus; `raw("video")` is a video's bytes.
     """
 
     id: str
@@ -296,12 +296,12 @@ class Query:
             StoreError: this machine's encoder is not the one that the view was made with.
         """
         encoder = self._encoder(view)
-        return encoder.encode([encoder.decode(raw)])
+        return encoder.encode([encoder.decode_query(raw)])
 
     def _encoder(self, view: View) -> encoders.BaseEncoder:
         card = view.encoder
         if card["fingerprint"] not in self._encoders:
-            encoder = encoders.find(card["key"], card["options"])
+            encoder = encoders.find_as(card)
             here = encoder.card()
             if encoder.fingerprint() != card["fingerprint"]:
                 differs = [name for name in here if here[name] != card.get(name)]

@@ -387,6 +387,31 @@ def status(
         console.print(line, markup=False)
 
 
+@app.command("check-encoder")
+def check_encoder(
+    cls: Annotated[
+        str, typer.Argument(metavar="MODULE:CLASS", help="Your own encoder, as a view's options.class names it.")
+    ],
+    arguments: Annotated[str, typer.Option(help="What it is made with, as a JSON object.")] = "{}",
+    value: Annotated[list[Path] | None, typer.Option(help="A file to try it on; several times. Else examples.")] = None,
+) -> None:
+    """Try what every encoder promises on your own: shape, order, batches, determinism, bad values."""
+    from jobs.check_encoder import check_encoder as tried
+
+    try:
+        made_with = json.loads(arguments)
+    except ValueError as error:
+        raise InputError(f"--arguments {arguments!r} is no JSON: {error}") from None
+    if not isinstance(made_with, dict):
+        raise InputError(f'--arguments {arguments!r} is no JSON object; write it like {{"width": 64}}')
+    try:
+        values = [path.read_bytes() for path in value or ()]
+    except OSError as error:
+        raise InputError(f"--value {error.filename}: {error.strerror}; name a file") from None
+    if not tried(cls, made_with, values, _say()):
+        sys.exit(1)
+
+
 @app.command()
 def quarantine(
     store: Store,

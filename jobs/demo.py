@@ -86,7 +86,7 @@ def encode_rates(store: FeatureStore, steps: list[dict[str, Any]], before: dict[
 
 def raw_rate(view: View) -> float:
     """Values per second of the bare forward, decoding left out, on as many threads as the pipeline runs."""
-    encoder = encoders.find(view.encoder["key"], view.encoder["options"])
+    encoder = encoders.find_as(view.encoder)
     tune_process()
     encoder.load()
     values = _decoded(view.corpus, view.field, encoder)

@@ -42,7 +42,7 @@ class Found(NamedTuple):
 
 def spec_text(found: Found, output: Path) -> str:
     """The spec's YAML. What was seen stands in comments."""
-    views = {field.name: (field, keys) for field in found.fields if (keys := _encoders_of(field.modality))}
+    views = {field.name: (field, keys) for field in found.fields if (keys := encoders.ready(field.modality))}
     lines = [
         f"# Written by `braid init`: a guess, to be edited. Then: braid plan {output}, braid run {output}",
         *(f"# {line}" for line in found.seen),
@@ -84,11 +84,6 @@ def _column_lines(found: Found) -> list[str]:
 def _field_line(field: Field, total: int) -> str:
     given = {"modality": field.modality, "from": field.given} | ({"read": field.read} if field.read else {})
     return f"    {_entry(field.name, given)} # {len(field.samples)} of {counted(total, 'sample')} seen"
-
-
-def _encoders_of(modality: str) -> list[str]:
-    """The keys of the encoders of a modality."""
-    return list(filter(lambda key: encoders.find(key).modality == modality, encoders.keys()))
 
 
 def _view_lines(views: dict[str, tuple[Field, list[str]]]) -> list[str]:

@@ -120,7 +120,9 @@ def _check_columns(spec: Spec, source: Source) -> None:
 def view_plans(spec: Spec) -> list[encode.ViewPlan]:
     """The spec's views with their recipes."""
     return [
-        encode.view_plan(name, spec.corpus.name, view.field, view.encoder, view.options)
+        encode.view_plan(
+            name, spec.corpus.name, view.field, view.encoder, view.options, spec.corpus.fields[view.field].modality
+        )
         for name, view in spec.views.items()
     ]
 

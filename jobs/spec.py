@@ -204,7 +204,7 @@ class FieldSpec(_Node):
     timed streams: `time` and `channels` are columns of a sensor's file.
     """
 
-    modality: Literal["text", "image", "audio", "sensor"]
+    modality: Literal["text", "image", "audio", "video", "sensor"]
     from_: OneOrMore = Field(alias="from")
     read: Literal["inline", "file"] | None = None
     clock: ClockSpec | None = None

@@ -246,6 +246,9 @@ def _estimated(field: Mapping[str, Any]) -> bool:
 
 def _of_stream(name: str, field: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     modality = field.get("modality")
+    if modality == "video":
+        yield ("modality",), "'video' is for whole files; a window has a frame of a video: write modality: image"
+        return
     allowed = POLICIES.get(modality, ()) if isinstance(modality, str) else ()
     policy = field.get("policy", allowed[0] if allowed else None)
     if allowed and policy not in allowed:
@@ -335,16 +338,20 @@ def _of_encoders(tree: Document) -> Iterator[Mistake]:
         key, options = view.get("encoder"), view.get("options", {})
         if not isinstance(key, str) or key not in known or not isinstance(options, dict):
             continue
+        source = view.get("field")
+        has = fields.get(source, {}).get("modality") if isinstance(source, str) else None
+        takes = encoders.modalities(key)
+        if isinstance(has, str) and has not in takes:
+            text = f"{_shown(key)} takes {' or '.join(takes)}, but field {_shown(source)} is {_shown(has)}"
+            yield tree.mistake(("views", name, "encoder"), text)
         try:
-            takes = encoders.find(key, options).modality
+            made = encoders.find_for(key, options, has if isinstance(has, str) else takes[0])
         except InputError as error:
             yield tree.mistake(("views", name, "options"), str(error))
             continue
-        source = view.get("field")
-        has = fields.get(source, {}).get("modality") if isinstance(source, str) else None
-        if isinstance(has, str) and has != takes:
-            text = f"{_shown(key)} takes {takes}, but field {_shown(source)} is {_shown(has)}"
-            yield tree.mistake(("views", name, "encoder"), text)
+        if isinstance(has, str) and has in takes and made.modality != has:
+            text = f"it takes {made.modality}, but field {_shown(source)} is {_shown(has)}"
+            yield tree.mistake(("views", name, "options"), text)
 
 
 def _of_source(tree: Document) -> Iterator[Mistake]:

@@ -56,10 +56,11 @@ class ViewPlan(NamedTuple):
     recipe: str
 
 
-def view_plan(name: str, corpus: str, field: str, encoder: str, options: dict[str, Any]) -> ViewPlan:
-    """Completes a view of the spec with its recipe: hashes the weights, loads nothing."""
-    fingerprint = encoders.find(encoder, options).fingerprint()
-    return ViewPlan(name, corpus, field, encoder, options, views.recipe(field, fingerprint))
+def view_plan(name: str, corpus: str, field: str, encoder: str, options: dict[str, Any], modality: str) -> ViewPlan:
+    """Completes a view of the spec, on a field of a modality, with its recipe: hashes the weights, loads nothing."""
+    made = encoders.find_for(encoder, options, modality)
+    given = made.options.model_dump(mode="json", exclude_unset=True)
+    return ViewPlan(name, corpus, field, encoder, given, views.recipe(field, made.fingerprint()))
 
 
 @typed

@@ -13,25 +13,36 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.resources
+import io
 import json
 import pkgutil
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from featurestore.encoders.option_errors import option_errors
 from featurestore.errors import InputError, MissingExtra
 
-__all__ = ["BaseEncoder", "EncoderOptions", "find", "fingerprint_of", "keys", "package_file"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "BaseEncoder", "EncoderOptions", "find", "find_as", "find_for", "fingerprint_of", "keys", "modalities", "package_file",
+    "ready",
+]  # fmt: skip
 
 # Modules of this package that encoders share: no encoders themselves.
-_SHARED = frozenset({"mel", "runtime"})
+_SHARED = frozenset(
+    {"audio_processors", "checkpoints", "contract", "image_processors", "mel", "option_errors", "runtime"}
+)
 
 
 class EncoderOptions(BaseModel):
@@ -50,7 +61,8 @@ class BaseEncoder(ABC):
 
     Attributes:
         key: the module's name with `-` for `_`.
-        modality: `text`, `image` or `audio`.
+        modalities: what it takes: of `text`, `image`, `audio`, `video` and `sensor`. One of several has an option `modality`,
+            and is of that one.
         dim: length of a vector.
         normalised: whether vectors have Euclidean length 1.
         batch_size: values that the pipeline gives to one `encode`, fixed by the recipe.
@@ -60,12 +72,12 @@ class BaseEncoder(ABC):
     """
 
     key: ClassVar[str]
-    modality: ClassVar[str]
+    modalities: ClassVar[tuple[str, ...]]
     dim: int
     dtype: ClassVar[str] = "float32"
-    normalised: ClassVar[bool] = False
-    licence: ClassVar[str]
-    source: ClassVar[str]
+    normalised: bool = False
+    licence: str
+    source: str
     libraries: ClassVar[tuple[str, ...]]
 
     def __init__(self, options: EncoderOptions) -> None:
@@ -73,6 +85,11 @@ class BaseEncoder(ABC):
         self.batch_size = options.batch_size
         self._lock = threading.Lock()
         self._model: Any = None
+
+    @property
+    def modality(self) -> str:
+        """What this one takes."""
+        return str(getattr(self.options, "modality", None) or self.modalities[0])
 
     @abstractmethod
     def preprocessing(self) -> dict[str, Any]:
@@ -93,6 +110,16 @@ class BaseEncoder(ABC):
         Raises:
             DecodeError: the bytes are not a value of this modality; a reason of `featurestore.media`.
         """
+
+    def prepare(self, image: "Image.Image") -> Any:
+        """Turn a picture, mode RGB, into one value for `encode`, as `decode` does its file: of encoders of images alone."""
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=1)
+        return self.decode(buffer.getvalue())
+
+    def decode_query(self, raw: bytes) -> Any:
+        """Turn the bytes of a query into one value for `encode`: as `decode`, where the model knows no difference."""
+        return self.decode(raw)
 
     def length(self, value: Any) -> int:
         """Return what to sort by, so that values of like length share a batch; 0 where all are of one size."""
@@ -116,8 +143,13 @@ class BaseEncoder(ABC):
                 self._model = self._load()
             return self._model
 
+    def address(self) -> dict[str, Any]:
+        """Return the options that say where the weights lie: they change no number, and are not in the fingerprint."""
+        return {}
+
     def card(self) -> dict[str, Any]:
         """Say what the vectors are, in JSON values, for the artefact's card."""
+        options = self.options.model_dump(mode="json")
         return {
             "key": self.key,
             "modality": self.modality,
@@ -126,7 +158,8 @@ class BaseEncoder(ABC):
             "normalised": self.normalised,
             "licence": self.licence,
             "source": self.source,
-            "options": self.options.model_dump(mode="json"),
+            "options": {name: value for name, value in options.items() if name not in self.address()},
+            "address": self.address(),
             "preprocessing": self.preprocessing(),
             "weights": {name: _sha256(path) for name, path in sorted(self.weights().items())},
             "libraries": {name: _version(name) for name in sorted(self.libraries)},
@@ -142,7 +175,8 @@ class BaseEncoder(ABC):
 
 
 def fingerprint_of(card: Mapping[str, Any]) -> str:
-    """Return the fingerprint, 64 hex digits, that an encoder of this card has."""
+    """Return the fingerprint, 64 hex digits, that an encoder of this card has: wherever its weights lie."""
+    card = {name: value for name, value in card.items() if name != "address"}
     text = json.dumps(card, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -167,32 +201,57 @@ def find(key: str, options: Mapping[str, Any] | None = None) -> BaseEncoder:
         near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(f"encoder {key!r} does not exist; {hint}allowed: {', '.join(keys())}")
-    module = importlib.import_module(f"{__name__}.{key.replace('-', '_')}")
+    module = _module(key)
     try:
         checked = module.Options.model_validate(dict(options or {}))
     except ValidationError as error:
-        raise InputError(_option_errors(key, module.Options, error)) from None
+        raise InputError(option_errors(key, module.Options.model_json_schema()["properties"], error)) from None
     encoder: BaseEncoder = module.Encoder(checked)
     return encoder
 
 
-def _option_errors(key: str, options: type[EncoderOptions], error: ValidationError) -> str:
-    known = options.model_json_schema()["properties"]
-    wrong = []
-    for found in error.errors():
-        name, value = str(found["loc"][0]), repr(found["input"])
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        told = f"does not exist{hint}" if found["type"] == "extra_forbidden" else "is not allowed"
-        wrong.append(f"option {name!r} = {value if len(value) <= 80 else value[:76] + ' ...'} {told}")
-    allowed = "; ".join(f"{name} ({_what_it_takes(about)})" for name, about in known.items())
-    return f"encoder {key!r}: {'; '.join(wrong)}; allowed: {allowed}"
+def find_for(key: str, options: Mapping[str, Any], modality: str) -> BaseEncoder:
+    """Make the encoder of this key for a field of a modality, which is an option of one that takes several."""
+    several = key in keys() and modality in modalities(key) and "modality" in _module(key).Options.model_fields
+    return find(key, {"modality": modality, **options} if several else options)
 
 
-def _what_it_takes(about: Mapping[str, Any]) -> str:
-    """An option's type, range, meaning and default, from its JSON schema."""
-    limits = [f"{word} {about[name]}" for word, name in (("from", "minimum"), ("to", "maximum")) if name in about]
-    return f"{' '.join([about['type'], *limits])}, default {about['default']}: {about['description']}"
+def find_as(card: Mapping[str, Any]) -> BaseEncoder:
+    """Make the encoder that has this card; what is installed here may give it another fingerprint.
+
+    Raises:
+        InputError: it is a class of a module that is not imported here: a card may be anybody's, and imports nothing.
+    """
+    options = {**card["options"], **card.get("address", {})}
+    for cls in _classes(options):
+        if (own := cls.partition(":")[0]) not in sys.modules:
+            raise InputError(f"this view was made by {cls!r}: import {own} before, if you trust it")
+    return find(card["key"], options)
+
+
+def _classes(options: Mapping[str, Any]) -> list[str]:
+    """The classes that options name, by either name of that option; also those of an encoder of images within another."""
+    parts = [each for each in (options, options.get("image_options")) if isinstance(each, Mapping)]
+    return [str(part[name]) for part in parts for name in ("class", "class_") if name in part]
+
+
+def modalities(key: str) -> tuple[str, ...]:
+    """Return what the encoder of this key takes."""
+    found: tuple[str, ...] = _module(key).Encoder.modalities
+    return found
+
+
+def ready(modality: str) -> list[str]:
+    """Return the keys of the encoders of a modality that need no option, sorted."""
+    return [key for key in keys() if modality in modalities(key) and not _needs_options(key)]
+
+
+def _module(key: str) -> Any:
+    return importlib.import_module(f"{__name__}.{key.replace('-', '_')}")
+
+
+def _needs_options(key: str) -> bool:
+    return any(field.is_required() for field in _module(key).Options.model_fields.values())
 
 
 def package_file(package: str, *parts: str) -> Path:

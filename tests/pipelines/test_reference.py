@@ -527,7 +527,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(whole: Sounds, tmp_path:
 def test_the_largest_shard_without_a_tar_comes_first(whole: Sounds) -> None:
     spec = specs.parse(whole.text, "spec")
     snapshot = FeatureStore(spec.store).snapshot
-    planned = encode.view_plan("new", "planted", "sound", "mfcc", {})
+    planned = encode.view_plan("new", "planted", "sound", "mfcc", {}, "audio")
     rows = [task.rows for task in encode.stale(snapshot, planned, {})]
     assert rows == sorted(rows, reverse=True)
     assert len(rows) == len(Corpus(snapshot, "planted").shards)
