@@ -8,6 +8,7 @@ __all__ = [
     "BraidError",
     "BudgetExceeded",
     "DecodeError",
+    "EndpointError",
     "InputError",
     "JobError",
     "MissingExtra",
@@ -43,7 +44,9 @@ class AlignmentError(StoreError):
 
 
 class BudgetExceeded(BraidError):
-    """More values were rejected than the spec's failure budget allows: read quarantine/, mend or raise it."""
+    """More values were rejected than the spec's failure budget allows, or more tokens spent than an encoder may: read
+    quarantine/, mend or raise it.
+    """
 
 
 class WorkerDied(BraidError):
@@ -52,6 +55,10 @@ class WorkerDied(BraidError):
 
 class JobError(BraidError):
     """The engine refused a job, or ended it: nothing of it was published. Mend what it says, and run it again."""
+
+
+class EndpointError(BraidError):
+    """A remote model does not answer, or not as it should: nothing was published; run it again when it does."""
 
 
 class MissingExtra(BraidError):
