@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from featurestore.errors import BudgetExceeded, DecodeError, EndpointError, InputError
+from featurestore.errors import BudgetExceeded, DecodeError, EndpointError, InputError, MissingExtra
 
 __all__ = ["MAX_ANSWER_BYTES", "PAUSES_S", "Endpoint"]
 
@@ -64,13 +64,16 @@ class Endpoint:
 
     Raises:
         InputError: the environment has no such key.
+        MissingExtra: the HTTP client is not installed.
     """
 
     def __init__(
         self, url: str, key_env: str | None, connections: int, requests_per_minute: int | None, max_tokens: int | None
     ) -> None:
-        import httpx2
-
+        try:
+            import httpx2
+        except ImportError:
+            raise MissingExtra("package 'httpx2' is not installed: pip install 'braid[run]'") from None
         self.url, self._key_env, self._max_tokens = url, key_env, max_tokens
         self._key = _key(key_env) if key_env else ""
         # A line a request, else, at INFO.
@@ -124,7 +127,9 @@ class Endpoint:
                 f"the one in environment variable {self._key_env}" if self._key_env else "none, as no option 'key_env'"
             )
             raise InputError(f"{self.url} answered {told}; the key sent was {which}: set one that may use this model")
-        raise InputError(f"{self.url} answered {told}; correct option 'endpoint' (http(s)://…/v1) or 'model'")
+        raise InputError(
+            f"{self.url} answered {told}; correct what it says, option 'endpoint' (http(s)://…/v1) or 'model'"
+        )
 
     def _send(self, content: bytes) -> tuple[int, Mapping[str, str], bytes]:
         import httpx2

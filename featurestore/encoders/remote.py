@@ -128,6 +128,7 @@ class Encoder(BaseEncoder):
 
         Raises:
             DecodeError: `refused`, or `encoder_error` (a vector is missing or twice there): of a value among these.
+            MissingExtra: the HTTP client is not installed.
             InputError: the endpoint wants another key, knows no such model, gives another `dim`, or refuses even a plain value.
             EndpointError: it does not answer, or no embeddings.
             BudgetExceeded: option `max_tokens_total`.
@@ -184,7 +185,8 @@ class Encoder(BaseEncoder):
             found = {item["index"]: _vector(item["embedding"]) for item in answer["data"]}
             whole = len(answer["data"]) == count and found.keys() == set(range(count))
         except (KeyError, TypeError, ValueError) as error:
-            raise DecodeError("encoder_error", f"the endpoint gave no embeddings: {error!r:.200}") from None
+            # Not its text: what the other side wrote may hold anything, the key too.
+            raise DecodeError("encoder_error", f"the endpoint gave no embeddings: {type(error).__name__}") from None
         if not whole:
             told = f"{len(answer['data'])} vectors of {len(found)} indexes for {count} values"
             raise DecodeError("encoder_error", f"the endpoint gave {told}")

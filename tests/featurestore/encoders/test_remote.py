@@ -227,7 +227,10 @@ def test_a_budget_that_cannot_be_kept_is_told(server: EmbeddingsServer) -> None:
             r"answered 401 bad key; the key sent was none, as no option 'key_env'",
         ),
         (Reply(403), r"answered 403; the key sent was none"),
-        (Reply(404, {"error": {"message": "no model m"}}), r"404 no model m; correct option 'endpoint' .* or 'model'"),
+        (
+            Reply(404, {"error": {"message": "no model m"}}),
+            r"404 no model m; correct what it says, option 'endpoint' .* or 'model'",
+        ),
         (
             Reply(307, headers=(("Location", "http://127.0.0.2:9/v1"),)),
             r"307 to http://127\.0\.0\.2:9/v1, and redirects",
@@ -278,9 +281,10 @@ def test_order_is_that_of_the_indexes(server: EmbeddingsServer) -> None:
         (lambda data: [*data, data[0]], "gave 5 vectors of 4 indexes for 4 values"),
         (lambda data: [data[0], data[0], *data[2:]], "gave 4 vectors of 3 indexes for 4 values"),
         (lambda data: [{**each, "index": each["index"] + 1} for each in data], "gave 4 vectors of 4 indexes"),
-        (lambda data: [{"embedding": each["embedding"]} for each in data], r"gave no embeddings: KeyError\('index'\)"),
-        (lambda data: [{**each, "embedding": "???"} for each in data], r"gave no embeddings: "),
-        (lambda data: [{**each, "embedding": [[1.0] * 16]} for each in data], r"an embedding of shape \(1, 16\)"),
+        (lambda data: [{"embedding": each["embedding"]} for each in data], "gave no embeddings: KeyError"),
+        (lambda data: [{**each, "embedding": "???"} for each in data], "gave no embeddings: Error"),
+        (lambda data: [{**each, "embedding": [KEY] * 16} for each in data], "gave no embeddings: ValueError$"),
+        (lambda data: [{**each, "embedding": [[1.0] * 16]} for each in data], "gave no embeddings: ValueError"),
         (lambda data: None, "gave no embeddings: TypeError"),
     ],
 )
