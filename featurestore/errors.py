@@ -69,7 +69,7 @@ class DecodeError(BraidError):
     """One value cannot be decoded. It goes to quarantine with `reason`; its batch goes on.
 
     Attributes:
-        reason: a short code, e.g. `empty`, `invalid_utf8`, `decode_error`, `too_large`, `nan_output`.
+        reason: a short code, e.g. `empty`, `invalid_utf8`, `decode_error`, `too_large`, `refused`, `nan_output`.
         detail: what the decoder said, for the quarantine table.
     """
 
