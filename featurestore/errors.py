@@ -8,6 +8,7 @@ __all__ = [
     "BraidError",
     "BudgetExceeded",
     "DecodeError",
+    "EndpointError",
     "InputError",
     "JobError",
     "MissingExtra",
@@ -43,7 +44,9 @@ class AlignmentError(StoreError):
 
 
 class BudgetExceeded(BraidError):
-    """More values were rejected than the spec's failure budget allows: `braid quarantine SPEC` lists them."""
+    """More values were rejected than the spec's failure budget allows (`braid quarantine SPEC` lists them), or more tokens
+    spent than an encoder may: mend the values, or raise it.
+    """
 
 
 class WorkerDied(BraidError):
@@ -54,6 +57,10 @@ class JobError(BraidError):
     """The engine refused a job, or ended it: nothing of it was published. Mend what it says, and run it again."""
 
 
+class EndpointError(BraidError):
+    """A remote model does not answer, or not as it should: nothing was published; run it again when it does."""
+
+
 class MissingExtra(BraidError):
     """A package of an optional extra is not installed: install the extra that its text names."""
 
@@ -62,7 +69,7 @@ class DecodeError(BraidError):
     """One value cannot be decoded. It goes to quarantine with `reason`; its batch goes on.
 
     Attributes:
-        reason: a short code, e.g. `empty`, `not_text`, `invalid_utf8`, `decode_error`, `too_large`, `nan_output`.
+        reason: a short code, e.g. `empty`, `not_text`, `invalid_utf8`, `decode_error`, `too_large`, `refused`, `nan_output`.
         detail: what the decoder said, for the quarantine table.
     """
 

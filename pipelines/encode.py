@@ -3,14 +3,16 @@
 A worker reads a shard's values from its tar, or where its rows refer to, decodes and encodes them in batches, and writes the
 view's shard. The unit of parallelism is the batch: each of the process's threads decodes a batch and runs the model on it with
 one thread of its own, and two shards are in flight, so that reading and writing overlap with the model and no core waits for a
-shard's end. Values outside the store are fetched ahead in threads of their own.
+shard's end. Values outside the store are fetched ahead in threads of their own. An encoder that waits for a network says how many
+batches are encoded at once (`concurrency`), whatever the number of cores.
 
 Where the catalog has a view's shard of the same ids that was made from earlier rows (`braid retry-quarantined` remakes shards),
 vectors of values that are the same now are copied, and only the others are encoded.
 
 Batches form from the data alone (by size of the raw value, then id; images by row), so the same shard gives the same bytes
 on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch; so does
-one outside the store that is `gone` or `changed` since it was sharded.
+one outside the store that is `gone` or `changed` since it was sharded, and one whose vector is none: `nan_output`, or
+`zero_output` where the encoder says length 1.
 """
 
 import copy
@@ -188,7 +190,7 @@ class ShardEncoder:
         about = {"corpus": plan.corpus, "field": plan.field, "encoder": card}
         self._writer = ViewWriter(storage, plan.name, plan.recipe, about)
         self._apart: DecodeApart | None = None
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = ThreadPoolExecutor(self.encoder.concurrency or threads)
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS)
         self._done = storage.list(folder(plan))
 
@@ -293,18 +295,23 @@ class ShardEncoder:
         """Every value with its vector, or with why it has none, and the digest of the bytes that were really read."""
         waiting: deque[tuple[list[Row], int, Future[list[tuple[np.ndarray | DecodeError, bytes]]]]] = deque()
         ahead = 0
-        for batch in self._batches(todo):
-            size = sum(value.size for value in batch if value.uri is not None)
-            while waiting and size and ahead + size > _FETCH_AHEAD_BYTES:
-                first, fetched, outcome = waiting.popleft()
+        try:
+            for batch in self._batches(todo):
+                size = sum(value.size for value in batch if value.uri is not None)
+                while waiting and size and ahead + size > _FETCH_AHEAD_BYTES:
+                    first, fetched, outcome = waiting.popleft()
+                    yield from self._proven(task, first, outcome.result())
+                    ahead -= fetched
+                raws = [None if value.uri is None else self._fetchers.submit(self._fetch, value) for value in batch]
+                waiting.append((batch, size, self._pool.submit(self._batch, task.tar_path, batch, raws)))
+                ahead += size
+            while waiting:
+                first, _, outcome = waiting.popleft()
                 yield from self._proven(task, first, outcome.result())
-                ahead -= fetched
-            raws = [None if value.uri is None else self._fetchers.submit(self._fetch, value) for value in batch]
-            waiting.append((batch, size, self._pool.submit(self._batch, task.tar_path, batch, raws)))
-            ahead += size
-        while waiting:
-            first, _, outcome = waiting.popleft()
-            yield from self._proven(task, first, outcome.result())
+        finally:
+            # Of a shard that failed no more is begun: the process would not end before, and a remote model is paid for.
+            for _, _, outcome in waiting:
+                outcome.cancel()
 
     def _proven(
         self, task: EncodeTask, batch: list[Row], outcomes: list[tuple[np.ndarray | DecodeError, bytes]]
@@ -371,24 +378,32 @@ class ShardEncoder:
             return error
 
     def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
-        """Vectors of decoded values; where a batch fails as a whole, each value is tried alone."""
+        """Vectors of decoded values; a batch that fails as a whole is halved until a value fails alone."""
         if not values:
             return []
         try:
             encoded = self.encoder.encode(values)
-        except (RuntimeError, ValueError) as error:
+        except (DecodeError, RuntimeError, ValueError) as error:
             if len(values) == 1:
-                return [DecodeError("encoder_error", str(error)[:500])]
-            return [vector for value in values for vector in self._forward([value])]
+                told = str(error)[:500]
+                return [error if isinstance(error, DecodeError) else DecodeError("encoder_error", told)]
+            half = len(values) // 2
+            return self._forward(values[:half]) + self._forward(values[half:])
         if encoded.shape != (len(values), self.encoder.dim):
             raise AlignmentError(
                 f"encoder {self.plan.encoder} gave {encoded.shape} for {len(values)} values; {self.encoder.dim} values each "
                 "are expected: the encoder is wrong"
             )
         finite = np.asarray(np.isfinite(encoded).all(axis=1))
+        # Of length 1 it says, and has no direction: it would be near nothing, or near all.
+        zero = np.asarray(~encoded.any(axis=1) & self.encoder.normalised)
         return [
-            vector if ok else DecodeError("nan_output", f"{self.plan.encoder} gave NaN or infinity")
-            for vector, ok in zip(encoded, finite.tolist(), strict=True)
+            DecodeError("nan_output", f"{self.plan.encoder} gave NaN or infinity")
+            if not whole
+            else DecodeError("zero_output", f"{self.plan.encoder} gave a vector of zeros")
+            if void
+            else vector
+            for vector, whole, void in zip(encoded, finite.tolist(), zero.tolist(), strict=True)
         ]
 
 

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.resources
 import io
 import json
+import os
 import pkgutil
 import sys
 import threading
@@ -41,7 +42,7 @@ __all__ = [
 
 # Modules of this package that encoders share: no encoders themselves.
 _SHARED = frozenset(
-    {"audio_processors", "checkpoints", "contract", "image_processors", "mel", "option_errors", "runtime"}
+    ("audio_processors", "checkpoints", "contract", "endpoint", "image_processors", "mel", "option_errors", "runtime")
 )
 
 
@@ -69,6 +70,7 @@ class BaseEncoder(ABC):
         licence: SPDX name of the weights' licence (of the code's, where there are no weights).
         source: where the weights, or the formulas, come from.
         libraries: distributions whose version changes the numbers.
+        concurrency: batches to encode at once where that waits for others than the cores; None is one a core.
     """
 
     key: ClassVar[str]
@@ -79,6 +81,7 @@ class BaseEncoder(ABC):
     licence: str
     source: str
     libraries: ClassVar[tuple[str, ...]]
+    concurrency: int | None = None
 
     def __init__(self, options: EncoderOptions) -> None:
         self.options = options
@@ -144,7 +147,9 @@ class BaseEncoder(ABC):
             return self._model
 
     def address(self) -> dict[str, Any]:
-        """Return the options that say where the weights lie: they change no number, and are not in the fingerprint."""
+        """Return the options that say where the weights lie, or how they are asked: they change no number, and are not in the
+        fingerprint.
+        """
         return {}
 
     def card(self) -> dict[str, Any]:
@@ -220,12 +225,19 @@ def find_as(card: Mapping[str, Any]) -> BaseEncoder:
     """Make the encoder that has this card; what is installed here may give it another fingerprint.
 
     Raises:
-        InputError: it is a class of a module that is not imported here: a card may be anybody's, and imports nothing.
+        InputError: it is a class of a module that is not imported here, or asks an endpoint that is not trusted here: a card
+            may be anybody's, imports nothing, and sends nothing anywhere.
     """
-    options = {**card["options"], **card.get("address", {})}
+    address = card.get("address", {})
+    options = {**card["options"], **address}
     for cls in _classes(options):
         if (own := cls.partition(":")[0]) not in sys.modules:
             raise InputError(f"this view was made by {cls!r}: import {own} before, if you trust it")
+    if "endpoint" in address and address["endpoint"] not in os.environ.get("BRAID_ENDPOINTS", "").split(","):
+        raise InputError(
+            f"this view was made through {address['endpoint']!r}: put that into the environment variable BRAID_ENDPOINTS, "
+            f"if you trust it; queries are sent there, and so is the key in {address.get('key_env') or 'no variable'}"
+        )
     return find(card["key"], options)
 
 

@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -21,6 +23,7 @@ from featurestore.encoders.runtime import tune_process
 from featurestore.errors import DecodeError, InputError
 from tests import videos
 from tests.checkpoints import checkpoint
+from tests.embeddings_server import EmbeddingsServer, serving
 
 # Encoder, the kind of checkpoint (tests/checkpoints.py) that it is given, and the modality, where it takes several.
 CASES = [
@@ -46,6 +49,8 @@ CASES = [
     "mfcc",
     "minilm-l6",
     "video-frames/vit",
+    "remote/server/image",
+    "remote/server/text",
 ]
 every = pytest.mark.parametrize("case", CASES)
 # An option of each encoder with a value that is not its default.
@@ -61,7 +66,11 @@ OTHER_OPTION: dict[str, dict[str, Any]] = {
     "mfcc": {"n_mfcc": 13},
     "minilm-l6": {"batch_size": 9},
     "video-frames": {"pooling": "max"},
+    "remote": {"version": "2"},
 }
+
+
+_HELD = ExitStack()
 
 
 def key_of(case: str) -> str:
@@ -72,11 +81,25 @@ def options(case: str) -> dict[str, Any]:
     kind, _, modality = case.partition("/")[2].partition("/")
     if key_of(case) == "video-frames":
         return {"image_encoder": "hf-image", "image_options": {"checkpoint": str(checkpoint(kind))}}
+    if kind == "server":
+        return {"endpoint": server().endpoint, "model": "m", "dim": 16, "modality": modality}
     return ({"checkpoint": str(checkpoint(kind))} if kind else {}) | ({"modality": modality} if modality else {})
 
 
 def found(case: str, **more: Any) -> BaseEncoder:
     return encoders.find(key_of(case), options(case) | more)
+
+
+@cache
+def server() -> EmbeddingsServer:
+    """Of all tests here."""
+    return _HELD.enter_context(serving())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ending() -> Iterator[None]:
+    with _HELD:
+        yield
 
 
 @cache
@@ -208,7 +231,7 @@ def test_fingerprint_changes_with_a_library_and_with_preprocessing(case: str, mo
         patch.setattr(type(encoder), "preprocessing", lambda self: {"other": 1})
         assert encoder.fingerprint() != before
     monkeypatch.setattr(encoders, "_version", lambda name: "0.0")
-    assert encoder.fingerprint() != before
+    assert (encoder.fingerprint() != before) == bool(encoder.libraries)
 
 
 @pytest.mark.parametrize("key", ["efficientnet-lite0", "minilm-l6"])
@@ -230,7 +253,7 @@ def test_fingerprints_are_those_of_another_process_and_import_no_torch() -> None
         "import json, sys; from featurestore import encoders;"
         "cases = json.loads(sys.argv[1]);"
         "print(json.dumps([{c: encoders.find(*each).fingerprint() for c, each in cases.items()},"
-        " sorted({'torch', 'transformers', 'PIL', 'soundfile'} & set(sys.modules))]))"
+        " sorted({'torch', 'transformers', 'PIL', 'soundfile', 'httpx2'} & set(sys.modules))]))"
     )
     cases = json.dumps({case: (key_of(case), options(case)) for case in CASES})
     done = subprocess.run([sys.executable, "-c", script, cases], capture_output=True, text=True, check=True)
@@ -248,7 +271,7 @@ def test_card_says_what_the_vectors_are(case: str) -> None:
     assert card["dim"] == encoder.dim
     assert card["modality"] in encoders.modalities(key_of(case))
     assert card["options"].items() >= OTHER_OPTION[key_of(case)].items()
-    assert card["licence"] in ("Apache-2.0", "the checkpoint's")
+    assert card["licence"] in ("Apache-2.0", "the checkpoint's", "its owner's")
     assert set(card) >= {"dtype", "normalised", "source", "preprocessing", "weights", "libraries"}
 
 

@@ -11,7 +11,8 @@ import pytest
 from featurestore import artefact, encoders, views
 from featurestore.catalog import Catalog
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
-from featurestore.errors import AlignmentError, BudgetExceeded
+from featurestore.encoders.contract import examples
+from featurestore.errors import AlignmentError, BudgetExceeded, DecodeError
 from featurestore.identity import input_digest, row_digest
 from featurestore.storage import Storage
 from featurestore.verify import verify
@@ -204,6 +205,45 @@ def test_a_vector_that_is_not_finite_goes_to_quarantine_alone(
     assert len(spoiled) == len(asked)
     assert all(np.isnan(row["embedding"]).all() and not row["present"] for row in spoiled)
     assert any(row["present"] for row in rows)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_vector_of_zeros_goes_to_quarantine_where_the_encoder_says_length_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, normalised: bool
+) -> None:
+    worker = bench.worker()
+
+    def spoil(vectors: np.ndarray, _: Any) -> np.ndarray:
+        vectors[-1] = 0
+        return vectors
+
+    asked = encoding(worker, monkeypatch, spoil)
+    monkeypatch.setattr(worker.encoder, "normalised", normalised)
+    rows = bench.rows(bench.tasks()[-1], worker)
+    spoiled = [row for row in rows if row["miss_reason"] == "zero_output"]
+    assert len(spoiled) == len(asked) * normalised
+    assert all(np.isnan(row["embedding"]).all() and not row["present"] for row in spoiled)
+    assert sum(not np.any(row["embedding"]) for row in rows) == len(asked) * (not normalised)
+
+
+def test_a_value_that_the_encoder_refuses_keeps_its_reason_and_costs_few_calls(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = bench.worker()
+    values = [worker.encoder.decode(raw) for raw in examples("audio")]
+    right = worker.encoder.encode(values)
+
+    def refuse(vectors: np.ndarray, given: Sequence[Any]) -> np.ndarray:
+        if any(value is values[2] for value in given):
+            raise DecodeError("refused", "not this one")
+        return vectors
+
+    asked = encoding(worker, monkeypatch, refuse)
+    made = worker._forward(values)
+    assert str(made[2]) == "refused: not this one"
+    for place in {*range(len(values))} - {2}:
+        np.testing.assert_allclose(made[place], right[place], atol=1e-4)
+    assert asked == [7, 3, 1, 2, 1, 1, 4]
 
 
 def test_a_value_that_the_model_fails_on_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
