@@ -15,7 +15,7 @@ from jobs.report import counted
 from jobs.spec import Spec
 from pipelines import compact as pipeline
 from pipelines import dataflow
-from pipelines.runner import Job
+from pipelines.runner import Job, checked
 
 
 def compact(spec: Spec, console: Console, beam_args: Sequence[str] = (), workers: int = 1, purge: bool = False) -> None:
@@ -30,10 +30,10 @@ def compact(spec: Spec, console: Console, beam_args: Sequence[str] = (), workers
     if corpus["name"] not in snapshot.names(ROWS):
         raise NotFound(f"no corpus {corpus['name']!r} in {storage.uri}: `braid shard` brings one in")
     todo = pipeline.plan(snapshot, corpus)
+    args = checked(dataflow.job_args(beam_args, "compact", corpus["name"], storage), workers)
     if todo is None:
         console.print("No shard is small or holds what is gone: nothing to compact.")
     else:
-        args = dataflow.job_args(beam_args, "compact", corpus["name"], storage)
         job = Job(args, workers)
         pipeline.build(job, storage, corpus, todo, snapshot.version)
         with track(console, f"compact {corpus['name']}", todo.samples):

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -19,6 +20,7 @@ from apache_beam.coders import registry
 from apache_beam.coders.row_coder import RowCoder
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import create_runner
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils.shared import Shared
 
@@ -280,20 +282,9 @@ class Job:
     """
 
     def __init__(self, beam_args: Sequence[str] = (), workers: int = 1) -> None:
-        args, self.workers = _named_in_full(beam_args), workers
-        local = args[-1] == f"--runner={LOCAL_RUNNER}"
-        if workers < 1 or (workers > 1 and not local):
-            raise InputError(
-                f"--workers {workers}: at least 1, and only without --runner: they are processes of this machine; another "
-                "runner has options of its own for its workers"
-            )
-        check_files(given(args))
-        self._args = args
-        try:
-            self.pipeline = beam.Pipeline(options=PipelineOptions(args))
-        except (ValueError, ImportError) as error:
-            # Of options that do not go together, of no runner, or of one whose packages are not installed.
-            raise InputError(f"Beam's options after --: {' '.join(str(error).split())}") from error
+        self._args, self.workers = checked(beam_args, workers), workers
+        with _told_of_options():
+            self.pipeline = beam.Pipeline(options=PipelineOptions(self._args))
         portable_runner.check(self.pipeline)
 
     def run(self) -> Any:
@@ -309,6 +300,29 @@ class Job:
                 raise
             raise told from error
         return outcome
+
+
+def checked(beam_args: Sequence[str], workers: int = 1) -> list[str]:
+    """Beam's options with the runner last and in full; InputError where they are wrong, job or no job."""
+    args = _named_in_full(beam_args)
+    if workers < 1 or (workers > 1 and args[-1] != f"--runner={LOCAL_RUNNER}"):
+        raise InputError(
+            f"--workers {workers}: at least 1, and only without --runner: they are processes of this machine; another "
+            "runner has options of its own for its workers"
+        )
+    check_files(given(args))
+    with _told_of_options():
+        create_runner(args[-1].removeprefix("--runner="))
+    return args
+
+
+@contextmanager
+def _told_of_options() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        # Of options that do not go together, of no runner, or of one whose packages are not installed.
+        raise InputError(f"Beam's options after --: {' '.join(str(error).split())}") from error
 
 
 def _named_in_full(beam_args: Sequence[str]) -> list[str]:
