@@ -30,8 +30,9 @@ from featurestore.errors import AlignmentError, DecodeError, NotFound
 from featurestore.identity import input_digest
 from featurestore.references import read_value
 from featurestore.storage import Storage
-from pipelines.attempts import attempt
-from pipelines.decode_apart import DecodeApart
+from pipelines.attempts import attempt, forget
+from pipelines.decode_apart import DecodeApart, ForwardApart
+from pipelines.forward import forward
 from pipelines.quarantine import rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
 from pipelines.view_writer import Beside, ViewWriter, view_table
@@ -150,6 +151,7 @@ class ShardEncoder:
         about = {"corpus": plan.corpus, "field": plan.field, "encoder": card}
         self._writer = ViewWriter(storage, plan.name, plan.recipe, about)
         self._apart: DecodeApart | None = None
+        self._forward_apart: ForwardApart | None = None
         self._pool = ThreadPoolExecutor(threads)
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS)
         self._done = storage.list(folder(plan))
@@ -165,20 +167,22 @@ class ShardEncoder:
         """The shard's quarantine and view file; one that an earlier run finished is taken as it is.
 
         Where an earlier attempt was cut off, values are decoded in another process: one that kills it is quarantined as
-        `killed_decoder`, or as `decoder_timeout` where it comes to no end. Nothing guards against a value that kills the
-        model's forward.
+        `killed_decoder`, or as `decoder_timeout` where it comes to no end. Where two were, so is the model run: a value that
+        kills its forward is quarantined as `killed_encoder`, or as `encoder_timeout`.
         """
         receipt = f"attempts/encode/{self.plan.name}/{self.plan.recipe}/{task.shard}"
         done = self.adopt(task)
         if done is not None:
-            self.storage.delete(receipt)
+            forget(self.storage, receipt)
             return done
-        with attempt(self.storage, receipt) as again:
-            if not again:
+        with attempt(self.storage, receipt) as cut:
+            if not cut:
                 return self.make(task)
-            with DecodeApart(self.plan.encoder, self.plan.options) as apart:
-                careful = copy.copy(self)
-                careful._apart = apart
+            careful, who = copy.copy(self), (self.plan.encoder, self.plan.options)
+            with (
+                DecodeApart(*who) as careful._apart,
+                ForwardApart(*who) if cut > 1 else nullcontext() as careful._forward_apart,
+            ):
                 return careful.make(task)
 
     def adopt(self, task: EncodeTask) -> Result | None:
@@ -306,25 +310,7 @@ class ShardEncoder:
             return error
 
     def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
-        """Vectors of decoded values; where a batch fails as a whole, each value is tried alone."""
-        if not values:
-            return []
-        try:
-            encoded = self.encoder.encode(values)
-        except (RuntimeError, ValueError) as error:
-            if len(values) == 1:
-                return [DecodeError("encoder_error", str(error)[:500])]
-            return [vector for value in values for vector in self._forward([value])]
-        if encoded.shape != (len(values), self.encoder.dim):
-            raise AlignmentError(
-                f"encoder {self.plan.encoder} gave {encoded.shape} for {len(values)} values; {self.encoder.dim} values each "
-                "are expected: the encoder is wrong"
-            )
-        finite = np.asarray(np.isfinite(encoded).all(axis=1))
-        return [
-            vector if ok else DecodeError("nan_output", f"{self.plan.encoder} gave NaN or infinity")
-            for vector, ok in zip(encoded, finite.tolist(), strict=True)
-        ]
+        return forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
 
 
 class EncodeWork(NamedTuple):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -102,7 +103,8 @@ class InFlight(beam.DoFn):
     SHARDS_IN_FLIGHT = 2
 
     def __init__(self, job: str, work: Work, processes: int = 1) -> None:
-        self._job, self._work, self._processes = job, work, processes
+        self._work, self._processes = work, processes
+        self._event = partial(log.event, job, as_json=log.started())
         self._shared = Shared()
         stage = job.partition(" ")[0]
         self._values = Metrics.counter(stage, "values")
@@ -152,11 +154,11 @@ class InFlight(beam.DoFn):
             made: Result = opened.do(task) if isinstance(opened, Workers) else self._work.do(opened, task)
         except Exception as error:
             took, shard = time.monotonic() - begun, getattr(task, "shard", getattr(task, "key", None))
-            log.event(self._job, "shard failed", shard=shard, seconds=took, level=logging.ERROR, detail=error)
+            self._event("shard failed", shard=shard, seconds=took, level=logging.ERROR, detail=error)
             raise
         took = time.monotonic() - begun
         what = "shard adopted" if made.tried and not made.computed else "shard done"
-        log.event(self._job, what, shard=made.shard, values=made.computed, rejected=made.rejected, seconds=took)
+        self._event(what, shard=made.shard, values=made.computed, rejected=made.rejected, seconds=took)
         return made, took
 
     def _landed(self) -> Iterator[tuple[int, Result]]:
@@ -199,6 +201,7 @@ class Commit(beam.PTransform):
 class _CommitFn(beam.DoFn):
     def __init__(self, storage: str, job: str, scopes: list[Any], budget: float, rows: int | None) -> None:
         self._storage, self._job, self._scopes, self._budget, self._rows = storage, job, scopes, budget, rows
+        self._event = partial(log.event, job, as_json=log.started())
         self._published = Metrics.counter(job.partition(" ")[0], "published")
 
     def process(self, element: tuple[int, Iterable[Result]]) -> Iterable[int]:
@@ -211,8 +214,7 @@ class _CommitFn(beam.DoFn):
         check_complete(self._job, made[0], self._rows)
         version = catalog.commit(self._job, made)
         self._published.inc(sum(len(change.entries) for change in made))
-        log.event(
-            self._job,
+        self._event(
             "commit",
             values=sum(each.tried for each in results),
             rejected=sum(each.rejected for each in results),

@@ -26,7 +26,7 @@ from featurestore.identity import ids_sha256, input_digest
 from featurestore.references import from_root, relative
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
-from pipelines.attempts import attempt
+from pipelines.attempts import attempt, forget
 from pipelines.decode_apart import DecodeApart
 from pipelines.quarantine import place_rejected, rejection
 from pipelines.runner import Result, result, typed
@@ -108,7 +108,7 @@ class ShardWriter:
         receipt = f"attempts/shard/{self.corpus['name']}/{task.key}"
         done = self._adopt(task, ids)
         if done is not None:
-            self.storage.delete(receipt)
+            forget(self.storage, receipt)
             return _with(done, task.entries)
         with attempt(self.storage, receipt) as again:
             if not again:
