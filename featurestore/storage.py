@@ -354,9 +354,12 @@ class Storage(BaseModel):
         keys = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "gs": "GOOGLE_APPLICATION_CREDENTIALS"}[
             self.scheme
         ]
-        profile = "name a profile in store.profile, " if self.scheme == "s3" else ""
+        also = {
+            "s3": "name a profile in store.profile, ",
+            "gs": "sign in with `gcloud auth application-default login`, ",
+        }[self.scheme]
         return (
-            f"no credentials for it are found here; {profile}set {keys} in the environment, or write `anonymous: true` "
+            f"no credentials for it are found here; {also}set {keys} in the environment, or write `anonymous: true` "
             "under store for what is open to all"
         )
 

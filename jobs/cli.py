@@ -31,7 +31,8 @@ WorkerCount = Annotated[
 LogJson = Annotated[
     bool,
     typer.Option(
-        "--log-json", help="Log every event of this machine's jobs and workers to standard error, a line of JSON each."
+        "--log-json",
+        help="Log every event as a line of JSON: here to standard error, elsewhere where the runner keeps its logs.",
     ),
 ]
 Store = Annotated[

@@ -19,7 +19,7 @@ from jobs.report import counted
 from jobs.spec import Spec
 from pipelines import compact as pipeline
 from pipelines import dataflow
-from pipelines.runner import Job
+from pipelines.runner import Job, checked
 
 
 def compact(spec: Spec, console: Console, beam_args: Sequence[str] = (), workers: int = 1, purge: bool = False) -> None:
@@ -33,6 +33,7 @@ def compact(spec: Spec, console: Console, beam_args: Sequence[str] = (), workers
     snapshot = catalog.snapshot()
     if corpus["name"] not in snapshot.names(ROWS):
         raise NotFound(f"no corpus {corpus['name']!r} in {storage.uri}: `braid shard` brings one in")
+    checked(dataflow.job_args(beam_args, "compact", corpus["name"], storage), workers)
     planned = [plan(snapshot, corpus) for plan in (pipeline.plan, pipeline.plan_of_tars)]
     for todo in filter(None, planned):
         _carry_out(catalog, corpus, todo, console, beam_args, workers)

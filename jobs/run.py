@@ -19,7 +19,7 @@ from jobs import plan
 from jobs.progress import track
 from jobs.spec import Spec
 from pipelines import align, build_job, dataflow, encode, fuse, index, log, shard
-from pipelines.runner import Job
+from pipelines.runner import Job, checked
 
 _MAKERS = {"align": align.make, "index": index.make, "fuse": fuse.make}
 
@@ -60,7 +60,12 @@ class Runner:
         self.done: list[Done] = []
 
     def run(self, stages: Sequence[str] = plan.STAGES, only: str | None = None) -> list[Done]:
-        """Runs what is not fresh of some stages (of one named view, space, index or set where `only` says so)."""
+        """Runs what is not fresh of some stages (of one named view, space, index or set where `only` says so).
+
+        Raises:
+            InputError: Beam's options are wrong, whether there is anything to run or not.
+        """
+        checked(self._args("shard", self.spec.corpus.name), self.workers)
         self.storage.clean_scratch()
         for stage in stages:
             if stage == "shard":
@@ -76,13 +81,16 @@ class Runner:
     def _snapshot(self) -> Snapshot:
         return plan.open_catalog(self.storage)
 
-    def _job(self, stage: str, name: str, shards: int = 1) -> Job:
+    def _args(self, stage: str, name: str, shards: int = 1) -> list[str]:
         resources = self._resources(name) if stage == "encode" else dataflow.Resources()
         # Every image holds all of Braid: one view's serves where none is named.
         images = [view.resources.image for view in self.spec.views.values() if view.resources.image]
-        args = dataflow.job_args(
+        return dataflow.job_args(
             self.beam_args, stage, name, self.storage, resources, shards, spare_image=next(iter(images), None)
         )
+
+    def _job(self, stage: str, name: str, shards: int = 1) -> Job:
+        args = self._args(stage, name, shards)
         if self.done and dataflow.template(args):
             raise InputError(
                 f"--template_location holds one job, which is {self.done[0].stage} {self.done[0].name} now; {stage} {name} is "

@@ -63,7 +63,9 @@ def _parser(args: Sequence[str]) -> Any:
 
 
 def _refuse(message: str) -> None:
-    raise InputError(f"Beam's options after --: {message}")
+    # As Beam itself: its flags take no value, though Google's pages write --no_use_public_ips=true.
+    mend = "; a flag stands alone: leave out = and what follows" if "ignored explicit argument" in message else ""
+    raise InputError(f"Beam's options after --: {message}{mend}")
 
 
 def _import_runner(args: Sequence[str]) -> None:

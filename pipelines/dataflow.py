@@ -11,6 +11,8 @@ Each stage is a job of its own, so that only encode pays for a view's GPUs and i
   https://cloud.google.com/dataflow/docs/gpu/use-l4-gpus
 - Python gets one SDK process per vCPU, each of which sees the GPU; `no_use_multiple_sdk_containers` makes it one.
   https://cloud.google.com/dataflow/docs/concepts/gpu-support
+- A worker's boot disk has 25 GB, and images with CUDA are large: with a GPU it gets the 50 GB that Google advises.
+  https://cloud.google.com/dataflow/docs/shuffle-for-batch https://cloud.google.com/dataflow/docs/gpu/gpu-support
 - Autoscaling goes by the bytes that wait. Descriptors are tiny and a shard cannot be split, so encode has a fixed number
   of workers.  https://cloud.google.com/dataflow/docs/horizontal-autoscaling
 
@@ -29,6 +31,7 @@ from pipelines.beam_options import given, runner
 
 ENCODE = "encode"
 DEFAULT_WORKERS = 4
+GPU_DISK_GB = 50
 MAX_NAME = 63
 SHIPPED_BY = {"sdk_container_image", "worker_harness_container_image", "setup_file", "extra_packages"}
 """Options that bring Braid's code to the workers."""
@@ -105,6 +108,8 @@ def _encode_args(options: dict[str, Any], resources: Resources, shards: int) -> 
         args.append("--experiments=no_use_multiple_sdk_containers")
     if resources.machine_type and "accelerator" not in _hints(options, resources):
         args.append(f"--machine_type={resources.machine_type}")
+    if resources.accelerator and "disk_size_gb" not in options:
+        args.append(f"--disk_size_gb={GPU_DISK_GB}")
     return args
 
 
@@ -214,6 +219,9 @@ def told(error: Exception, args: Sequence[str]) -> BraidError | None:
         return JobError(
             f"{job}: no credentials: {_line(str(error))}; sign in with: gcloud auth application-default login"
         )
+    if isinstance(error, OSError) and re.search(r"\b403\b|does not have storage\.", str(error)):
+        # Beam makes an OSError of a bucket's refusal.
+        return _refused(job, 403, str(error))
     if isinstance(error, RequestException | OSError):
         return JobError(
             f"{job}: cannot be submitted: {_line(str(error))}; check the network and --temp_location, and try again"

@@ -1,8 +1,11 @@
-"""Decoding in a child process, so that a value which kills its decoder (segfault, out of memory, without end) kills no worker.
+"""Decoding and encoding in child processes, so that a value which kills them (segfault, out of memory, without end) kills no
+worker.
 
-For shards at which an earlier attempt was cut off. Values go to the child one at a time, so the one that it dies of is known;
-it is tried again in a fresh child, as the kernel may have killed the first for another's memory. Of a value that kills the
-model's forward, not its decoder, this knows nothing: such a job fails as often as it is run.
+For shards at which earlier attempts were cut off: from the second attempt on values are decoded in a child, one at a time, so
+that the one it dies of is known; from the third on the model runs in a child too, on the batches of any attempt, whose vectors
+stay what they are byte for byte. A batch that kills the child is run again value by value: the one that does so then is known,
+and the others' vectors are those of batches of one. Whatever kills a child is tried again in a fresh one first, as the kernel
+may have killed it for another's memory. A child holds a model of its own beside the worker's.
 """
 
 import os
@@ -13,41 +16,58 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
+
+import numpy as np
 
 from featurestore import encoders, media
+from featurestore.encoders.runtime import tune_process
 from featurestore.errors import DecodeError
+from pipelines.forward import forward
 from pipelines.workers import Process
 
-__all__ = ["DecodeApart"]
+__all__ = ["DecodeApart", "ForwardApart"]
 
 TIMEOUT_S = 60.0
-"""What a value may take. The largest that the limits of `featurestore.media` let pass take a few seconds."""
+"""What a value, or a batch, may take. The largest that the limits of `featurestore.media` let pass take a few seconds."""
 
 MEMORY_BYTES = 4 << 30
-"""What a value may take. The largest that the limits of `featurestore.media` let pass take about 2 GiB."""
+"""What a value, or a batch beside its model, may take. The largest that the limits of `featurestore.media` let pass take about
+2 GiB."""
 
 TRIES = 2
 
 
 class _Work(NamedTuple):
-    """What the child does: an encoder's `decode`, or `media.check` where no encoder is named."""
+    """What a child does: an encoder's forward or `decode`, or `media.check` where no encoder is named."""
 
     encoder: str
     options: dict[str, Any]
     memory_bytes: int
+    forwards: bool = False
 
     def open(self, threads: int) -> Callable[..., Any]:
-        """The function that takes a value."""
-        decode = encoders.find(self.encoder, self.options).decode if self.encoder else media.check
+        """The function that takes a value, or a batch."""
+        function = self._function()
         _limit(self.memory_bytes)
-        return decode
+        return function
 
-    def do(self, decode: Callable[..., Any], task: tuple[Any, ...]) -> Any:
-        """Decodes a value. Short of memory the process ends, as the kernel would end it: others are not to suffer."""
+    def _function(self) -> Callable[..., Any]:
+        if not self.encoder:
+            return media.check
+        encoder = encoders.find(self.encoder, self.options)
+        if not self.forwards:
+            return encoder.decode
+        tune_process()
+        encoder.load()
+        return partial(forward, encoder)
+
+    def do(self, function: Callable[..., Any], task: tuple[Any, ...]) -> Any:
+        """Calls it. Short of memory the process ends, as the kernel would end it: others are not to suffer."""
         try:
-            return decode(*task)
+            return function(*task)
         except MemoryError:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -71,53 +91,45 @@ def _limit(memory_bytes: int) -> None:
         )
 
 
-class DecodeApart:
-    """A decoder in a process of its own, started with the first value; used as a context, it is ended with it.
+class _Apart:
+    """A function in a process of its own, started with the first call; used as a context, it is ended with it.
 
-    May be called from several threads: values take turns.
-
-    Args:
-        encoder: the encoder whose `decode` is called; without one, `media.check`.
-        options: the encoder's.
+    May be called from several threads: they take turns.
     """
 
-    def __init__(self, encoder: str = "", options: Mapping[str, Any] | None = None) -> None:
-        self._work = _Work(encoder, dict(options or {}), MEMORY_BYTES)
+    def __init__(self, noun: str, work: _Work) -> None:
+        self._noun, self._work = noun, work
         self._process: Process | None = None
         self._turn, self._closed = threading.Lock(), False
 
-    def __call__(self, *value: Any) -> Any:
-        """What the decoder gives for a value, as if it were called here.
-
-        Raises:
-            DecodeError: the decoder's own; `killed_decoder` or `decoder_timeout`, where it died or came to no end, twice.
-        """
+    def _ask(self, *task: Any) -> Any:
+        """What the function gives, as if it were called here; _Lost where it kills its process, or comes to no end, twice."""
         with self._turn:
             for _ in range(TRIES):
                 if self._closed:
                     raise RuntimeError("the shard that this value is of has ended")
                 try:
-                    return self._decode(value)
-                except _Lost as lost:
+                    return self._call(task)
+                except _Lost as each:
                     self._end()
-                    rejected = DecodeError(lost.reason, lost.detail)
-            raise rejected
+                    lost = each
+            raise lost
 
-    def _decode(self, value: tuple[Any, ...]) -> Any:
+    def _call(self, task: tuple[Any, ...]) -> Any:
         if self._process is None:
             self._process = Process(self._work, 1, 1)
             self._process.wait_until_open()
         (place,) = self._process.places
         try:
-            place.send(value)
+            place.send(task)
             if not place.poll(TIMEOUT_S):
-                raise _Lost("decoder_timeout", f"the decoder had come to no end after {TIMEOUT_S:g} s")
-            decoded, error = place.recv()
+                raise _Lost(f"{self._noun}_timeout", f"the {self._noun} had come to no end after {TIMEOUT_S:g} s")
+            given, error = place.recv()
         except (EOFError, OSError) as gone:
-            raise _Lost("killed_decoder", f"the decoder's process ended {self._process.ended()}") from gone
+            raise _Lost(f"killed_{self._noun}", f"the {self._noun}'s process ended {self._process.ended()}") from gone
         if error is not None:
             raise error
-        return decoded
+        return given
 
     def _end(self) -> None:
         if self._process is not None:
@@ -125,7 +137,7 @@ class DecodeApart:
             self._process.popen.wait()
             self._process = None
 
-    def __enter__(self) -> "DecodeApart":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -135,6 +147,45 @@ class DecodeApart:
             self._process.popen.kill()
         with self._turn:
             self._end()
+
+
+class DecodeApart(_Apart):
+    """A decoder in a process of its own.
+
+    Args:
+        encoder: the encoder whose `decode` is called; without one, `media.check`.
+        options: the encoder's.
+    """
+
+    def __init__(self, encoder: str = "", options: Mapping[str, Any] | None = None) -> None:
+        super().__init__("decoder", _Work(encoder, dict(options or {}), MEMORY_BYTES))
+
+    def __call__(self, *value: Any) -> Any:
+        """What the decoder gives for a value.
+
+        Raises:
+            DecodeError: the decoder's own; `killed_decoder` or `decoder_timeout`, where it died or came to no end, twice.
+        """
+        try:
+            return self._ask(*value)
+        except _Lost as lost:
+            raise DecodeError(lost.reason, lost.detail) from lost
+
+
+class ForwardApart(_Apart):
+    """An encoder's model in a process of its own."""
+
+    def __init__(self, encoder: str, options: Mapping[str, Any]) -> None:
+        super().__init__("encoder", _Work(encoder, dict(options), MEMORY_BYTES, forwards=True))
+
+    def __call__(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
+        """What `forward` gives for decoded values; `killed_encoder` or `encoder_timeout` for one that does so alone, twice."""
+        try:
+            return list(self._ask(values)) if values else []
+        except _Lost as lost:
+            if len(values) == 1:
+                return [DecodeError(lost.reason, lost.detail)]
+        return [vector for value in values for vector in self([value])]
 
 
 class _Lost(Exception):

@@ -35,8 +35,9 @@ from featurestore.errors import AlignmentError, DecodeError, NotFound
 from featurestore.identity import input_digest
 from featurestore.references import read_value
 from featurestore.storage import Storage
-from pipelines.attempts import attempt
-from pipelines.decode_apart import DecodeApart
+from pipelines.attempts import attempt, forget
+from pipelines.decode_apart import DecodeApart, ForwardApart
+from pipelines.forward import forward
 from pipelines.quarantine import rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
 from pipelines.view_writer import Beside, Earlier, ViewWriter, read_earlier, view_table
@@ -190,6 +191,7 @@ class ShardEncoder:
         about = {"corpus": plan.corpus, "field": plan.field, "encoder": card}
         self._writer = ViewWriter(storage, plan.name, plan.recipe, about)
         self._apart: DecodeApart | None = None
+        self._forward_apart: ForwardApart | None = None
         self._pool = ThreadPoolExecutor(self.encoder.concurrency or threads)
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS)
         self._done = storage.list(folder(plan))
@@ -205,20 +207,22 @@ class ShardEncoder:
         """The shard's quarantine and view file; one that an earlier run finished is taken as it is.
 
         Where an earlier attempt was cut off, values are decoded in another process: one that kills it is quarantined as
-        `killed_decoder`, or as `decoder_timeout` where it comes to no end. Nothing guards against a value that kills the
-        model's forward.
+        `killed_decoder`, or as `decoder_timeout` where it comes to no end. Where two were, so is the model run: a value that
+        kills its forward is quarantined as `killed_encoder`, or as `encoder_timeout`.
         """
         receipt = f"attempts/encode/{self.plan.name}/{self.plan.recipe}/{task.shard}"
         done = self.adopt(task)
         if done is not None:
-            self.storage.delete(receipt)
+            forget(self.storage, receipt)
             return done
-        with attempt(self.storage, receipt) as again:
-            if not again:
+        with attempt(self.storage, receipt) as cut:
+            if not cut:
                 return self.make(task)
-            with DecodeApart(self.plan.encoder, self.plan.options) as apart:
-                careful = copy.copy(self)
-                careful._apart = apart
+            careful, who = copy.copy(self), (self.plan.encoder, self.plan.options)
+            with (
+                DecodeApart(*who) as careful._apart,
+                ForwardApart(*who) if cut > 1 else nullcontext() as careful._forward_apart,
+            ):
                 return careful.make(task)
 
     def adopt(self, task: EncodeTask) -> Result | None:
@@ -378,33 +382,7 @@ class ShardEncoder:
             return error
 
     def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
-        """Vectors of decoded values; a batch that fails as a whole is halved until a value fails alone."""
-        if not values:
-            return []
-        try:
-            encoded = self.encoder.encode(values)
-        except (DecodeError, RuntimeError, ValueError) as error:
-            if len(values) == 1:
-                told = str(error)[:500]
-                return [error if isinstance(error, DecodeError) else DecodeError("encoder_error", told)]
-            half = len(values) // 2
-            return self._forward(values[:half]) + self._forward(values[half:])
-        if encoded.shape != (len(values), self.encoder.dim):
-            raise AlignmentError(
-                f"encoder {self.plan.encoder} gave {encoded.shape} for {len(values)} values; {self.encoder.dim} values each "
-                "are expected: the encoder is wrong"
-            )
-        finite = np.asarray(np.isfinite(encoded).all(axis=1))
-        # Of length 1 it says, and has no direction: it would be near nothing, or near all.
-        zero = np.asarray(~encoded.any(axis=1) & self.encoder.normalised)
-        return [
-            DecodeError("nan_output", f"{self.plan.encoder} gave NaN or infinity")
-            if not whole
-            else DecodeError("zero_output", f"{self.plan.encoder} gave a vector of zeros")
-            if void
-            else vector
-            for vector, whole, void in zip(encoded, finite.tolist(), zero.tolist(), strict=True)
-        ]
+        return forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
 
 
 class EncodeWork(NamedTuple):

@@ -1,6 +1,7 @@
 """What jobs say of themselves, through the standard logging: loggers `braid.<stage>`, a readable message, and its fields.
 
-Beam's own handler carries the messages from workers on other machines. As JSON they go to standard error, one line each.
+As JSON they go to standard error, one line each. From a worker on another machine the line is the message itself, which its
+runner's own log carries; where that has no handler (Dask's), standard error does.
 """
 
 import json
@@ -26,8 +27,12 @@ def event(
     seconds: float | None = None,
     level: int = logging.INFO,
     detail: object = "",
+    as_json: bool = False,
 ) -> None:
-    """Tells of a job (`encode image`) that something happened (`shard done`), to whom it did and what it took."""
+    """Tells of a job (`encode image`) that something happened (`shard done`), to whom it did and what it took.
+
+    `as_json` is whether the process that submitted the job logs so; in that process itself it changes nothing.
+    """
     stage, _, name = job.partition(" ")
     fields = {
         "job": job,
@@ -46,7 +51,14 @@ def event(
     ]
     told = f"{what} {shard}" if shard else what
     text = f"{job}: {told}" + (f": {', '.join(figures)}" if figures else "") + (f": {detail}" if detail else "")
-    logging.getLogger(f"braid.{stage}").log(level, "%s", text, extra={"braid": fields})
+    logger, extra = logging.getLogger(f"braid.{stage}"), {"braid": fields}
+    if as_json and not started():
+        record = logger.makeRecord(logger.name, level, "", 0, text, (), None, extra=extra)
+        text = _JsonLine().format(record)
+        if not logger.hasHandlers():
+            print(text, file=sys.stderr, flush=True)
+            return
+    logger.log(level, "%s", text, extra=extra)
 
 
 def start() -> None:

@@ -12,6 +12,8 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -19,6 +21,7 @@ from apache_beam.coders import registry
 from apache_beam.coders.row_coder import RowCoder
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import create_runner
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils.shared import Shared
 
@@ -100,7 +103,8 @@ class InFlight(beam.DoFn):
     SHARDS_IN_FLIGHT = 2
 
     def __init__(self, job: str, work: Work, processes: int = 1) -> None:
-        self._job, self._work, self._processes = job, work, processes
+        self._work, self._processes = work, processes
+        self._event = partial(log.event, job, as_json=log.started())
         self._shared = Shared()
         stage = job.partition(" ")[0]
         self._values = Metrics.counter(stage, "values")
@@ -150,11 +154,11 @@ class InFlight(beam.DoFn):
             made: Result = opened.do(task) if isinstance(opened, Workers) else self._work.do(opened, task)
         except Exception as error:
             took, shard = time.monotonic() - begun, getattr(task, "shard", getattr(task, "key", None))
-            log.event(self._job, "shard failed", shard=shard, seconds=took, level=logging.ERROR, detail=error)
+            self._event("shard failed", shard=shard, seconds=took, level=logging.ERROR, detail=error)
             raise
         took = time.monotonic() - begun
         what = "shard adopted" if made.tried and not made.computed else "shard done"
-        log.event(self._job, what, shard=made.shard, values=made.computed, rejected=made.rejected, seconds=took)
+        self._event(what, shard=made.shard, values=made.computed, rejected=made.rejected, seconds=took)
         return made, took
 
     def _landed(self) -> Iterator[tuple[int, Result]]:
@@ -209,6 +213,7 @@ class _CommitFn(beam.DoFn):
     ) -> None:
         self._storage, self._job, self._scopes, self._budget = storage, job, scopes, budget
         self._rows, self._remakes = rows, remakes
+        self._event = partial(log.event, job, as_json=log.started())
         self._published = Metrics.counter(job.partition(" ")[0], "published")
 
     def process(self, element: tuple[int, Iterable[Result]]) -> Iterable[int]:
@@ -224,8 +229,7 @@ class _CommitFn(beam.DoFn):
             self._job, made, lambda now: check_remakes(self._job, made[0], old, now) if old else None
         )
         self._published.inc(sum(len(change.entries) for change in made))
-        log.event(
-            self._job,
+        self._event(
             "commit",
             values=sum(each.tried for each in results),
             rejected=sum(each.rejected for each in results),
@@ -310,20 +314,9 @@ class Job:
     """
 
     def __init__(self, beam_args: Sequence[str] = (), workers: int = 1) -> None:
-        args, self.workers = _named_in_full(beam_args), workers
-        local = args[-1] == f"--runner={LOCAL_RUNNER}"
-        if workers < 1 or (workers > 1 and not local):
-            raise InputError(
-                f"--workers {workers}: at least 1, and only without --runner: they are processes of this machine; another "
-                "runner has options of its own for its workers"
-            )
-        check_files(given(args))
-        self._args = args
-        try:
-            self.pipeline = beam.Pipeline(options=PipelineOptions(args))
-        except (ValueError, ImportError) as error:
-            # Of options that do not go together, of no runner, or of one whose packages are not installed.
-            raise InputError(f"Beam's options after --: {' '.join(str(error).split())}") from error
+        self._args, self.workers = checked(beam_args, workers), workers
+        with _told_of_options():
+            self.pipeline = beam.Pipeline(options=PipelineOptions(self._args))
         portable_runner.check(self.pipeline)
 
     def run(self) -> Any:
@@ -339,6 +332,29 @@ class Job:
                 raise
             raise told from error
         return outcome
+
+
+def checked(beam_args: Sequence[str], workers: int = 1) -> list[str]:
+    """Beam's options with the runner last and in full; InputError where they are wrong, job or no job."""
+    args = _named_in_full(beam_args)
+    if workers < 1 or (workers > 1 and args[-1] != f"--runner={LOCAL_RUNNER}"):
+        raise InputError(
+            f"--workers {workers}: at least 1, and only without --runner: they are processes of this machine; another "
+            "runner has options of its own for its workers"
+        )
+    check_files(given(args))
+    with _told_of_options():
+        create_runner(args[-1].removeprefix("--runner="))
+    return args
+
+
+@contextmanager
+def _told_of_options() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        # Of options that do not go together, of no runner, or of one whose packages are not installed.
+        raise InputError(f"Beam's options after --: {' '.join(str(error).split())}") from error
 
 
 def _named_in_full(beam_args: Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ from featurestore.references import from_root, relative
 from featurestore.row_order import BY_ID
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
-from pipelines.attempts import attempt
+from pipelines.attempts import attempt, forget
 from pipelines.decode_apart import DecodeApart
 from pipelines.quarantine import place_rejected, rejection
 from pipelines.runner import Result, result, typed
@@ -109,7 +109,7 @@ class ShardWriter:
         receipt = f"attempts/shard/{self.corpus['name']}/{task.key}"
         done = self._adopt(task, ids)
         if done is not None:
-            self.storage.delete(receipt)
+            forget(self.storage, receipt)
             return with_entries(done, task.entries)
         with attempt(self.storage, receipt) as again:
             if not again:

@@ -40,6 +40,14 @@ resource "google_storage_bucket_iam_member" "worker_temp" {
   member = google_service_account.worker.member
 }
 
+# Beam looks at the bucket itself before it stages a job, here as the launcher of a flex template: storage.buckets.get, which
+# objectAdmin has not.
+resource "google_storage_bucket_iam_member" "worker_temp_bucket" {
+  bucket = google_storage_bucket.temp.name
+  role   = "roles/storage.legacyBucketReader"
+  member = google_service_account.worker.member
+}
+
 resource "google_storage_bucket_iam_member" "worker_source" {
   for_each = var.source_buckets
 
@@ -85,6 +93,15 @@ resource "google_storage_bucket_iam_member" "submitter_temp" {
 
   bucket = google_storage_bucket.temp.name
   role   = "roles/storage.objectAdmin"
+  member = each.value
+}
+
+# As worker_temp_bucket, where a person submits; `gcloud builds submit` looks at the bucket too.
+resource "google_storage_bucket_iam_member" "submitter_temp_bucket" {
+  for_each = var.submitters
+
+  bucket = google_storage_bucket.temp.name
+  role   = "roles/storage.legacyBucketReader"
   member = each.value
 }
 

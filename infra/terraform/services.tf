@@ -1,3 +1,4 @@
+# Two of them must be on before Terraform can ask for any: infra/dataflow/README.md turns them on first.
 resource "google_project_service" "needed" {
   for_each = toset([
     "artifactregistry.googleapis.com",
@@ -9,6 +10,7 @@ resource "google_project_service" "needed" {
     "iam.googleapis.com",
     "logging.googleapis.com",
     "monitoring.googleapis.com",
+    "serviceusage.googleapis.com",
     "storage.googleapis.com",
   ])
 

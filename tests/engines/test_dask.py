@@ -1,5 +1,6 @@
 """The jobs on a Dask cluster of real processes: the local runner's bytes, whichever worker dies, and errors in words."""
 
+import json
 import os
 import shutil
 import socket
@@ -233,6 +234,22 @@ def test_the_whole_run_by_the_command_line_is_the_local_runners_store(
     assert said.status == 0, f"{said} {cluster.logs()}"
     assert said.err == ""
     check_same(made.open(), small.open())
+
+
+def test_workers_of_the_cluster_log_json_where_the_submitting_process_does(
+    cluster: Cluster, small: Made, tmp_path: Path
+) -> None:
+    made, arguments = small.copy_to(tmp_path), ["--", "--runner", "DaskRunner", *options(cluster)[1:]]
+    for log_json in (["--log-json"], []):
+        before = len(cluster.logs())
+        for path in made.open().view("loud").files()[:2]:
+            (made.store / path).unlink()
+        said = braid("encode", made.spec, *log_json, *arguments)
+        assert said.status == 0, f"{said} {cluster.logs()}"
+        grown = len(cluster.logs()) - before
+        lines = [json.loads(line) for line in cluster.logs().splitlines() if line.startswith('{"time"')]
+        assert sorted(line["event"] for line in lines) == ["commit", "shard done", "shard done"], grown
+        assert len({line["shard"] for line in lines}) == 3
 
 
 def test_a_failure_budget_is_kept_on_dask(cluster: Cluster, small: Made, tmp_path: Path) -> None:

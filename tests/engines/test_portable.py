@@ -1,5 +1,6 @@
 """The jobs over Beam's job service, with workers in processes of their own: what Flink and Spark clusters speak."""
 
+import ast
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from featurestore.verify import verify
 from jobs.run import Runner
 from jobs.spec import load
 from pipelines import portable_runner
+from pipelines.log import FIELDS
 from pipelines.runner import Job
 from tests.conftest import Made, check_same
 from tests.engines.job_service import START_S, SUBPROCESS, JobService, flow_spec, worker_pool
@@ -105,6 +107,30 @@ def test_a_flow_in_processes_of_the_job_service_gives_the_local_runners_digest(
     assert [step["stage"] for step in done] == STEPS
     assert [step["values"] for step in done if step["stage"] == "encode"] == [VALUES, VALUES]
     assert [step["span_s"] > 0 for step in done if step["stage"] == "encode"] == [True, True]
+
+
+@pytest.mark.parametrize("log_json", [True, False])
+def test_workers_of_the_job_service_log_as_the_submitting_process_does(
+    stale: Made, service: JobService, log_json: bool
+) -> None:
+    before = len(service.log.read_text())
+    said = braid("encode", stale.spec, *(["--log-json"] if log_json else []), "--", *service.args())
+    assert said.status == 0, said.err
+    # The service writes each entry of its workers' log as the text of a proto.
+    texts = [
+        ast.literal_eval(each) for each in re.findall(r'message: ("(?:[^"\\]|\\.)*")', service.log.read_text()[before:])
+    ]
+    texts = [text for text in texts if "encode timbre: " in text]
+    if log_json:
+        events = [json.loads(text) for text in texts]
+        assert [(each["job"], each["event"]) for each in events] == [
+            ("encode timbre", "shard done"),
+            ("encode timbre", "commit"),
+        ]
+        assert events[0]["shard"]
+        assert events[0].keys() == {"time", "level", "logger", "message", *FIELDS}
+    else:
+        assert [text.split()[2].strip(":") for text in texts] == ["shard", "commit"]
 
 
 @pytest.mark.slow  # `test_a_flow_needs_no_network` runs it

@@ -1,4 +1,4 @@
-"""A decoder that really dies: every Python that finds the written `sitecustomize.py` decodes one value to its end.
+"""A decoder, or a model, that really dies: every Python that finds the written `sitecustomize.py` ends at one value.
 
 The value is a good sound of the corpus, so that the store of an undisturbed run says what all others must come out as.
 """
@@ -33,6 +33,22 @@ media.decode_audio = deadly
 {prepare}
 """
 
+_FORWARD = """
+import ctypes, hashlib, os, resource, time
+from featurestore.encoders import log_mel
+
+encode = log_mel.Encoder.encode
+
+def deadly(self, values):
+    if any(hashlib.sha256(value.tobytes()).hexdigest() == {sha256!r} for value in values):
+        open({struck!r}, "a").write(f"{{os.getpid()}} {{len(values)}}\\n")
+        {deed}
+    return encode(self, values)
+
+log_mel.Encoder.encode = deadly
+{prepare}
+"""
+
 
 def sound_of(store: FeatureStore) -> tuple[str, str, bytes]:
     """(Id, shard, bytes) of a sound in the middle of the corpus."""
@@ -46,18 +62,21 @@ def sound_of(store: FeatureStore) -> tuple[str, str, bytes]:
     return sample_id, shard, raw
 
 
-def deadly_folder(folder: Path, raw: bytes, deed: str, prepare: str = "") -> Path:
-    """Writes what goes onto PYTHONPATH; `struck` beside it has a line for each process that came to the value."""
+def deadly_folder(folder: Path, raw: bytes, deed: str, prepare: str = "", forward: bool = False) -> Path:
+    """Writes what goes onto PYTHONPATH; `struck` beside it has a line for each process that came to the value.
+
+    With `forward` it is log-mel's model that dies, and `raw` is the decoded value's bytes.
+    """
     folder.mkdir()
-    text = _SITECUSTOMIZE.format(
+    text = (_FORWARD if forward else _SITECUSTOMIZE).format(
         sha256=hashlib.sha256(raw).hexdigest(), struck=str(folder / "struck"), deed=deed, prepare=prepare
     )
     (folder / "sitecustomize.py").write_text(text)
     return folder
 
 
-def set_deadly(patch: pytest.MonkeyPatch, folder: Path, raw: bytes, deed: str) -> Path:
+def set_deadly(patch: pytest.MonkeyPatch, folder: Path, raw: bytes, deed: str, forward: bool = False) -> Path:
     """The same for the processes that are started from here; this one is left as it is."""
-    made = deadly_folder(folder, raw, deed)
+    made = deadly_folder(folder, raw, deed, forward=forward)
     patch.setenv("PYTHONPATH", str(made), prepend=os.pathsep)
     return made

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from featurestore import artefact
+from featurestore import artefact, encoders
 from featurestore.corpora import QUARANTINE
 from featurestore.errors import BudgetExceeded, WorkerDied
 from featurestore.storage import Storage
@@ -88,6 +88,33 @@ def test_a_run_that_a_value_killed_goes_on_without_it(small: Made, tmp_path: Pat
     second = braid_run(spec, deadly)
     assert second.status == 0, second
     check(small, tmp_path, BY_SEGFAULT)
+
+
+def test_a_value_that_kills_the_models_forward_is_quarantined_by_the_third_attempt(small: Made, tmp_path: Path) -> None:
+    _, shard, raw = sound_of(small.open())
+    decoded = encoders.find("log-mel").decode(raw).tobytes()
+    spec, deadly = sounds_spec(small, tmp_path), deadly_folder(tmp_path / "deadly", decoded, SEGFAULT, forward=True)
+    storage = Storage.of(tmp_path / "store")
+    for receipts in (1, 2):
+        assert braid_run(spec, deadly).status == -11
+        own = [key for key in storage.list("attempts") if key.removesuffix(".again").endswith(f"/{shard}")]
+        assert len(own) == receipts
+    third = braid_run(spec, deadly)
+    assert third.status == 0, third
+    check(small, tmp_path, ("killed_encoder", "the encoder's process ended by SIGSEGV"))
+
+
+@pytest.mark.slow
+def test_a_dask_job_goes_through_a_value_that_kills_the_forward(small: Made, tmp_path: Path) -> None:
+    _, _, raw = sound_of(small.open())
+    decoded = encoders.find("log-mel").decode(raw).tobytes()
+    deadly = deadly_folder(tmp_path / "deadly", decoded, SEGFAULT, forward=True)
+    spec = sounds_spec(small, tmp_path)
+    with Cluster(tmp_path / "dask", env={"PYTHONPATH": str(deadly)}) as cluster:
+        for name in "abc":
+            cluster.add_worker(name)
+        run(spec, 1, "--runner=DaskRunner", f"--dask_client_address={cluster.address}")
+    check(small, tmp_path, ("killed_encoder", "the encoder's process ended by SIGSEGV"))
 
 
 def test_a_worker_that_a_value_killed_is_told_and_the_next_run_goes_on_without_it(

@@ -345,7 +345,8 @@ def test_what_a_client_says_is_one_line() -> None:
     said = Storage(uri="s3://a/b").client_says(error)
     assert said.startswith("OSError: Kernel error -> refused: no answer: from 1.2.3.4; check the store's uri, endpoint")
     said = Storage(uri="gs://a/b").client_says(OSError("Generic GCS error: Error performing token request"))
-    assert re.search(r"^no credentials .*; set GOOGLE_APPLICATION_CREDENTIALS in .*anonymous: true", said)
+    login = "sign in with `gcloud auth application-default login`"
+    assert re.search(rf"^no credentials .*; {login}, set GOOGLE_APPLICATION_CREDENTIALS in .*anonymous: true", said)
     assert (
         Storage(uri="/a").client_says(OSError(28, "No space left")).endswith("check the path, its rights and the disk")
     )

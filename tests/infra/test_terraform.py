@@ -3,6 +3,7 @@
 `terraform init`, `validate` with the provider, `plan` and `apply` were never run: they need a download and an account.
 """
 
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from apache_beam.runners.dataflow.internal import apiclient
 
 from tests.infra.google_schema import SCHEMA
 from tests.infra.terraform import FOLDER, Block, blocks, of
@@ -134,8 +136,25 @@ def grants() -> set[tuple[str, str, str]]:
 
 def test_what_is_granted_is_the_list_in_the_walkthrough() -> None:
     rows = re.findall(r"^\| (\w+) \| `(roles/[\w.]+)` \| ([^|]+?) \|", README, re.MULTILINE)
-    assert len(rows) == len(set(rows)) == 16
+    assert len(rows) == len(set(rows)) == 18
     assert grants() == set(rows)
+
+
+def test_whoever_stages_may_look_at_the_bucket() -> None:
+    """Beam's `stage_file` asks for the bucket before it uploads; of the roles for objects none has storage.buckets.get."""
+    assert "_storage_client.get_bucket(" in inspect.getsource(apiclient.DataflowApplicationClient.stage_file)
+    for who in ("submitter", "worker"):
+        for role in ("roles/storage.objectAdmin", "roles/storage.legacyBucketReader"):
+            assert (who, role, "the temporary bucket") in grants()
+
+
+def test_the_services_that_terraform_asks_by_are_turned_on_before_it() -> None:
+    asked = {"cloudresourcemanager.googleapis.com", "serviceusage.googleapis.com"}
+    commands = [line for line in README.splitlines() if line.startswith(("gcloud", "terraform"))]
+    assert commands[0].startswith("gcloud services enable ")
+    assert asked <= set(commands[0].split())
+    assert "--project" in commands[0].split()
+    assert "var.project" in str(of("data")["data.google_project.this"].body["project_id"])
 
 
 def test_no_right_is_broad() -> None:

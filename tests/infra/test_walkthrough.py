@@ -81,6 +81,17 @@ def test_beam_knows_every_option_after_the_dashes(command: str) -> None:
     assert options["use_public_ips"] is False
 
 
+def test_a_launch_is_on_a_machine_that_holds_the_plan_of_the_whole_corpus() -> None:
+    (launch,) = [command for _, command in entries() if "flex-template run" in command]
+    (gigabytes,) = re.findall(r"`n2-highmem-4` has (\d+) GB, for the minutes", README)
+    assert "--launcher-machine-type n2-highmem-4 " in launch
+    assert int(gigabytes) == 4 * 8
+    assert all(
+        float(each) < int(gigabytes)
+        for each in re.findall(r"^\| this machine.*\| ([\d.]+) GB \|", README, re.MULTILINE)
+    )
+
+
 def test_every_variable_used_is_set_on_the_page() -> None:
     used = set(re.findall(r"\$\{?([A-Z]+)\b", " ".join(command for _, command in entries())))
     exported = set(re.findall(r"\b([A-Z]+)=", " ".join(c for _, c in entries() if c.startswith("export"))))

@@ -205,6 +205,25 @@ def test_plan_run_and_status_of_a_whole_store(braid: Braid, small: Made) -> None
     refused(braid("status", small.store, "--watch", "--version", "1"), 2, "an earlier version does not change")
 
 
+@pytest.mark.parametrize("command", ["run", "encode", "compact"])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["extra"], r"'extra' after -- is no option of Beam"),
+        (["--", "--runner", "Foo"], "Beam's options after --: .*Unexpected pipeline runner: Foo"),
+        (["--workers", "2", "--", "--runner", "DaskRunner"], "--workers 2: at least 1, and only without --runner"),
+        (
+            ["--", "--runner", "DataflowRunner"],
+            "--runner DataflowRunner needs --project, --region, --temp_location too",
+        ),
+    ],
+)
+def test_wrong_options_of_beam_are_told_where_there_is_nothing_to_run(
+    braid: Braid, small: Made, command: str, words: list[str], told: str
+) -> None:
+    refused(braid(command, small.spec, *words), 2, told)
+
+
 def test_plan_names_what_is_stale_and_run_and_one_stage_do_it(braid: Braid, small: Made, tmp_path: Path) -> None:
     copy = small.copy_to(tmp_path)
     (copy.store / copy.open().view("short").files()[0]).unlink()

@@ -40,6 +40,23 @@ def test_one_that_ran_out_of_memory_or_was_killed_is(storage: Storage) -> None:
     assert storage.list() == {}
 
 
+def test_each_that_was_cut_off_counts_up_to_two(storage: Storage) -> None:
+    found = []
+
+    def end() -> None:
+        with attempt(storage, RECEIPT) as cut:
+            found.append(cut)
+            raise MemoryError
+
+    for _ in range(4):
+        with pytest.raises(MemoryError):
+            end()
+    assert found == [0, 1, 2, 2]
+    with attempt(storage, RECEIPT) as cut:
+        assert cut == 2
+    assert storage.list() == {}
+
+
 def test_two_attempts_at_once_end_both(storage: Storage) -> None:
     with attempt(storage, RECEIPT), attempt(storage, RECEIPT) as again:
         assert again

@@ -15,6 +15,7 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow import dataflow_runner
 from apache_beam.utils import retry
 from hypothesis import given as drawn
+from hypothesis import settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -81,6 +82,12 @@ def test_there_are_never_more_workers_than_shards() -> None:
     assert options(resources=Resources(image="a/b"), shards=100)["num_workers"] == dataflow.DEFAULT_WORKERS
 
 
+def test_a_disk_that_an_image_with_cuda_fits_on_is_asked_for_with_a_gpu() -> None:
+    assert options()["disk_size_gb"] == 50
+    assert options("--disk_size_gb=200")["disk_size_gb"] == 200
+    assert "disk_size_gb" not in options(resources=Resources(image="a/b"))
+
+
 def test_a_machine_without_a_gpu_is_an_option_of_the_job() -> None:
     found = options(resources=Resources(machine_type="n2-standard-8", image="a/b"))
     assert found["machine_type"] == "n2-standard-8"
@@ -143,6 +150,7 @@ def test_a_hint_of_the_user_takes_the_place_of_the_views() -> None:
 names = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,63}", fullmatch=True)
 
 
+@settings(deadline=None)  # Beam's parser takes what a busy machine lets it
 @drawn(st.sampled_from(["shard", "encode", "align"]), names, st.sampled_from([None, "braid", "team-a", "x" * 31]))
 def test_job_names_are_dataflows_and_stable(stage: str, name: str, prefix: str | None) -> None:
     passed = [f"--job_name={prefix}"] if prefix else []
@@ -175,6 +183,7 @@ def test_a_template_keeps_the_launchers_job_name() -> None:
         ([*ARGS, "machine_type=n1"], "^'machine_type=n1' after -- is no option of Beam; did you mean --machine_type"),
         ([*ARGS, "--num_workers=many"], "argument --num_workers: invalid int value: 'many'"),
         ([*ARGS, "--autoscaling_algorithm=SOME"], "invalid choice: 'SOME'"),
+        ([*ARGS, "--no_use_public_ips=true"], "ignored explicit argument 'true'; a flag stands alone: leave out ="),
         (ARGS[:1], "needs --project, --region, --temp_location too"),
         ([*ARGS[:3], "--temp_location=/tmp/x"], "--temp_location=/tmp/x: Dataflow reads gs://bucket/folder"),
         ([*ARGS, "--job_name=My_Job"], "--job_name='My_Job': small letters, digits and '-'"),
@@ -297,6 +306,7 @@ def test_encode_alone_has_a_fixed_pool_of_one_process_workers(rehearsal: Rehears
         assert sent.pool["numThreadsPerWorker"] == 1
         assert "serviceOptions" not in sent.job["environment"]
         assert "machineType" not in sent.pool
+        assert sent.pool.get("diskSizeGb") == (50 if "loud" in sent.job["name"] else None)
     assert rehearsal.job("encode-loud").pool["numWorkers"] == 2
     assert rehearsal.job("encode-short").pool["numWorkers"] == 4
 
@@ -440,6 +450,19 @@ def test_an_error_that_a_worker_raised_on_purpose_is_told_as_that(rehearsal: Reh
     ]
     with pytest.raises(BudgetExceeded, match=r"^shard planted: 2 of 20 values were rejected; mend them$"):
         submit(rehearsal, service)
+
+
+def test_a_bucket_that_may_not_be_looked_at_is_a_matter_of_rights() -> None:
+    """Word for word what Beam raises where a submitter lacks storage.buckets.get."""
+    refused = (
+        "Could not upload to GCS path gs://shelf/tmp/x: 403 GET https://storage.googleapis.com/storage/v1/b/shelf: "
+        "ml@example.org does not have storage.buckets.get access to the Google Cloud Storage bucket. Please verify that "
+        "credentials are valid, that the specified path exists, and that you have write access to it."
+    )
+    found = told(OSError(refused), [*ARGS, "--job_name=a"])
+    assert isinstance(found, JobError)
+    assert re.search(r"not allowed: .*storage\.buckets\.get.* lists the rights", str(found))
+    assert "check the network" in str(told(OSError("no route to host"), [*ARGS, "--job_name=a"]))
 
 
 def test_a_bug_stays_a_bug() -> None:

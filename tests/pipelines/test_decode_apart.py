@@ -14,7 +14,7 @@ import pytest
 from featurestore import encoders, media
 from featurestore.errors import DecodeError
 from pipelines import decode_apart
-from pipelines.decode_apart import DecodeApart
+from pipelines.decode_apart import DecodeApart, ForwardApart
 from tests.contract.test_encoders import VALUES, sound
 from tests.faults.deadly import HANG, OUT_OF_MEMORY, SEGFAULT, set_deadly
 
@@ -67,6 +67,40 @@ def test_a_deadly_value_is_named_after_two_tries_and_the_next_one_is_decoded(
         assert len(set(pids)) == 2
         assert str(os.getpid()) not in pids
         assert np.array_equal(apart(GOOD), encoders.find("log-mel").decode(GOOD))
+
+
+def test_batches_come_out_as_the_model_gives_them_here() -> None:
+    encoder = encoders.find("log-mel")
+    values = [encoder.decode(BAD), encoder.decode(GOOD)]
+    with ForwardApart("log-mel", {}) as apart:
+        assert np.array_equal(np.stack(apart(values)), encoder.encode(values))
+        assert apart([]) == []
+
+
+@pytest.mark.parametrize(
+    ("deed", "reason", "detail"),
+    [
+        (SEGFAULT, "killed_encoder", "the encoder's process ended by SIGSEGV"),
+        (HANG, "encoder_timeout", "the encoder had come to no end after 3 s"),
+    ],
+)
+def test_of_a_batch_that_kills_the_model_the_one_value_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deed: str, reason: str, detail: str
+) -> None:
+    monkeypatch.setattr(decode_apart, "TIMEOUT_S", 3.0)
+    encoder = encoders.find("log-mel")
+    good, bad = encoder.decode(GOOD), encoder.decode(BAD)
+    struck = set_deadly(monkeypatch, tmp_path / "deadly", bad.tobytes(), deed, forward=True) / "struck"
+    with ForwardApart("log-mel", {}) as apart:
+        first, lost, last = apart([good, bad, good])
+    assert isinstance(lost, DecodeError)
+    assert (lost.reason, lost.detail) == (reason, detail)
+    assert np.array_equal(first, last)
+    assert np.array_equal(first, encoder.encode([good])[0])
+    pids, sizes = zip(*(line.split() for line in struck.read_text().splitlines()), strict=True)
+    assert sizes == ("3", "3", "1", "1"), "the batch as it is, and then value by value"
+    assert len(set(pids)) == 4
+    assert str(os.getpid()) not in pids
 
 
 def test_a_child_that_somebody_else_killed_costs_no_value() -> None:
