@@ -10,6 +10,8 @@
 
     views: {birds: {field: image, encoder: torch, options: {class: "my_models.birds:Birds", arguments: {}}}}
 
+A video is read as the bytes of a file that was tried; `featurestore.video.sample(raw, count)` gives its frames.
+
 `braid check-encoder my_models.birds:Birds` tries what every encoder promises. The fingerprint is of the class's name, its
 `version`, its arguments, the bytes of its module's file, and of the files that an optional `weights()` names. A store's card
 never makes Braid import a module: a search through such a view wants it imported before.

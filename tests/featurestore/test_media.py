@@ -388,7 +388,8 @@ _VICTIMS = [
         (b"a" * 4095 + "é".encode(), "txt"),
         (b"caf\xe9", "bin"),
         (b"a\x00b", "bin"),
-        (b"RIFF\0\0\0\0AVI ", "bin"),
+        (b"RIFF\0\0\0\0AVI ", "avi"),
+        (b"RIFF\0\0\0\0CDXA", "bin"),
         (b"", "bin"),
     ],
 )

@@ -48,6 +48,19 @@ class Short(Mean):
     dim = 3
 
 
+class Films:
+    modality, dim = "video", 3
+
+    def load(self):
+        return None
+
+    def encode(self, model, values):
+        from featurestore import video
+
+        frames = [np.stack(list(video.sample(value, 2))) for value in values]
+        return np.array([[each.std(), each.mean(), len(value)] for each, value in zip(frames, values, strict=True)])
+
+
 class Lazy:
     modality = "image"
 '''
@@ -70,6 +83,12 @@ def test_a_class_that_keeps_all_promises_passes(module: str, tmp_path: Path) -> 
     assert said.status == 0, said.err
     assert "own_birds:Mean: image, 4 components, 7 values" in said.out
     assert said.out.count("  yes  ") == 5
+
+
+def test_a_class_that_takes_videos_is_tried_on_some(module: str, tmp_path: Path) -> None:
+    said = tried(tmp_path, "Films")
+    assert said.status == 0, said.out + said.err
+    assert "own_birds:Films: video, 3 components, 7 values" in said.out
 
 
 @pytest.mark.parametrize(
