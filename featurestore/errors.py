@@ -44,9 +44,7 @@ class AlignmentError(StoreError):
 
 
 class BudgetExceeded(BraidError):
-    """More values were rejected than the spec's failure budget allows, or more tokens spent than an encoder may: read
-    quarantine/, mend or raise it.
-    """
+    """More values were rejected than the spec's failure budget allows: read quarantine/, mend or raise it."""
 
 
 class WorkerDied(BraidError):
@@ -58,7 +56,7 @@ class JobError(BraidError):
 
 
 class EndpointError(BraidError):
-    """A remote model does not answer, or not as it should: nothing was published; run it again when it does."""
+    """A remote model does not answer, not as it should, or has been asked as much as it may: run it again later."""
 
 
 class MissingExtra(BraidError):
@@ -69,7 +67,7 @@ class DecodeError(BraidError):
     """One value cannot be decoded. It goes to quarantine with `reason`; its batch goes on.
 
     Attributes:
-        reason: a short code, e.g. `empty`, `invalid_utf8`, `decode_error`, `too_large`, `refused`, `nan_output`.
+        reason: a short code, e.g. `empty`, `invalid_utf8`, `decode_error`, `too_large`, `nan_output`.
         detail: what the decoder said, for the quarantine table.
     """
 

@@ -3,8 +3,8 @@
 A worker reads a shard's values from its tar, or where its rows refer to, decodes and encodes them in batches, and writes the
 view's shard. The unit of parallelism is the batch: each of the process's threads decodes a batch and runs the model on it with
 one thread of its own, and two shards are in flight, so that reading and writing overlap with the model and no core waits for a
-shard's end. Values outside the store are fetched ahead in threads of their own. An encoder that waits for a network says how many
-batches are encoded at once (`concurrency`), whatever the number of cores.
+shard's end. Values outside the store are fetched ahead in threads of their own. An encoder that waits for a network says how
+many batches are encoded at once (`concurrency`), whatever the number of cores.
 
 Batches form from the data alone (by size of the raw value, then id; images by id), so the same shard gives the same bytes
 on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch; so does

@@ -19,7 +19,7 @@ from PIL import Image
 from featurestore import encoders
 from featurestore.encoders import contract, endpoint
 from featurestore.encoders.remote import Encoder
-from featurestore.errors import BudgetExceeded, DecodeError, EndpointError, InputError
+from featurestore.errors import DecodeError, EndpointError, InputError
 from tests.embeddings_server import EmbeddingsServer, Reply, serving, values_of, vector_of
 
 KEY = "sk-this-is-the-secret-4711"
@@ -208,7 +208,7 @@ def test_past_its_budget_no_request_is_made(server: EmbeddingsServer) -> None:
     encoder.encode(["a b c"])
     encoder.encode(["d e"])
     told = r"5 tokens are spent, option 'max_tokens_total' allows 4 a process; nothing is lost"
-    with pytest.raises(BudgetExceeded, match=told):
+    with pytest.raises(EndpointError, match=told):
         encoder.encode(["f"])
     assert len(server.asked) == 2
 
