@@ -88,7 +88,7 @@ def _index_rows(look: Inspection, snapshot: Snapshot, rows: Entry, table: pa.Tab
         places[at].append(place)
     for name in settings["views"]:
         view = View(snapshot, name)
-        for shard in view.corpus.shards:
+        for shard in view.shards:
             own = np.array(places.pop((name, shard.shard), []), np.int64)
             _index_shard(look, rows, view, shard.shard, table.take(own), own, space, opened)
     for (name, shard_key), left in sorted(places.items()):

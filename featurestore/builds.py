@@ -6,12 +6,14 @@ computed from the catalog as it is now is another one: a remade input with the s
 
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
+
 from featurestore.catalog import Entry, Snapshot
 from featurestore.corpora import ROWS
 from featurestore.errors import NotFound
 from featurestore.identity import digest_of
 from featurestore.tombstones import TOMBSTONES
-from featurestore.views import VIEW
+from featurestore.views import VIEW, covers
 
 SPACE, INDEX, TRAINING = "space", "index", "training"
 BUILDS = (SPACE, INDEX, TRAINING)
@@ -38,6 +40,38 @@ class Build(NamedTuple):
 def plan(snapshot: Snapshot, kind: str, name: str, settings: dict[str, Any]) -> Build:
     """The build that these settings give on the snapshot; NotFound where an input is not there or not whole."""
     return Build(kind, name, settings, digest_of(VERSION, kind, settings, _inputs(snapshot, kind, settings)))
+
+
+def made_from(snapshot: Snapshot, entry: Entry) -> Snapshot | None:
+    """The newest version, this or an earlier one, at which the inputs were those that a build was made from.
+
+    A build is read and proven beside these: they stay as they were, while what is there now goes on.
+
+    Args:
+        snapshot: where to begin.
+        entry: a file of the build.
+
+    Returns:
+        None where no such version is found.
+    """
+    settings = entry.info()["settings"]
+
+    def fresh(at: Snapshot) -> bool:
+        try:
+            return plan(at, entry.kind, entry.name, settings).key == entry.recipe
+        except NotFound:
+            return False
+
+    return snapshot.last(fresh)
+
+
+def grown(before: Snapshot, now: Snapshot, settings: dict[str, Any]) -> bool:
+    """Whether all that a build's views had at an earlier version is there now as it was: samples only came or went."""
+    for view in settings["views"]:
+        was, there = (each.table(VIEW, view, columns=("sha256",))["sha256"] for each in (before, now))
+        if not pc.all(pc.is_in(was, there)).as_py():
+            return False
+    return True
 
 
 def files(snapshot: Snapshot, kind: str, name: str) -> dict[str, Entry]:
@@ -69,7 +103,7 @@ def stale(snapshot: Snapshot) -> list[tuple[Entry, str]]:
 
 
 def _inputs(snapshot: Snapshot, kind: str, settings: dict[str, Any]) -> list[str]:
-    shards = snapshot.table(ROWS, settings["corpus"], columns=("shard", "sha256"))
+    shards = snapshot.table(ROWS, settings["corpus"], columns=("sha256",))
     inputs: list[str] = [] if kind == INDEX else shards["sha256"].to_pylist()
     inputs += snapshot.table(TOMBSTONES, settings["corpus"], columns=("sha256",))["sha256"].to_pylist()
     if kind == INDEX:
@@ -78,9 +112,8 @@ def _inputs(snapshot: Snapshot, kind: str, settings: dict[str, Any]) -> list[str
             raise NotFound(f"space {settings['space']!r} is not there yet")
         inputs += [entry.sha256 for entry in space if entry.shard == "space"]
     for view in settings["views"]:
-        made = snapshot.table(VIEW, view, columns=("shard", "sha256", "input_sha256"))
-        same = made["shard"].equals(shards["shard"]) and made["input_sha256"].equals(shards["sha256"])
-        if not same or not len(made):
+        made = snapshot.table(VIEW, view, columns=("sha256",))
+        if not covers(snapshot, view, settings["corpus"]):
             raise NotFound(f"view {view!r} does not cover corpus {settings['corpus']!r} yet")
         inputs += made["sha256"].to_pylist()
     return inputs

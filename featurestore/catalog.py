@@ -8,11 +8,12 @@ snapshot. Plain appends would duplicate rows on a retry, and deltalake's `app_tr
 """
 
 import hashlib
+import itertools
 import json
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
+from featurestore.arguments import whole_number
 from featurestore.errors import InputError, NotFound, StoreError
 from featurestore.storage import Storage
 
@@ -69,6 +71,8 @@ _KEY = ("kind", "name", "recipe", "shard")
 # A file of the catalog up to this size is kept once read; of a larger one the columns asked for are read each time.
 _KEPT_BYTES = 8 << 20
 _BATCH_ROWS = 8192
+_LOOKED_BACK = 100
+"""So many versions are opened to find the last at which something held: a run of a spec commits one a step."""
 
 
 class Entries(Sequence[Entry]):
@@ -189,6 +193,12 @@ class Snapshot:
         """Every entry, sorted by key."""
         return list(self._all())
 
+    def last(self, holds: "Callable[[Snapshot], bool]") -> "Snapshot | None":
+        """The newest version, this one or one of the `_LOOKED_BACK` before it, at which something holds."""
+        catalog, first = Catalog(self.storage), max(0, self.version - _LOOKED_BACK)
+        earlier = (catalog.snapshot(version) for version in range(self.version - 1, first - 1, -1))
+        return next((each for each in itertools.chain([self], earlier) if holds(each)), None)
+
     def digest(self) -> str:
         """sha256 over every entry in order: equal stores have equal digests, whenever and however they were made."""
         digest = hashlib.sha256()
@@ -279,8 +289,8 @@ class Catalog:
             ) from error
 
     def snapshot(self, version: int | None = None) -> Snapshot:
-        """The catalog at a version, or the newest."""
-        return self._load(self._open(version))
+        """The catalog at a version, or the newest. InputError where the version is no whole number."""
+        return self._load(self._open(None if version is None else whole_number("version", version)))
 
     def peek(self) -> Snapshot:
         """The newest snapshot, or an empty one of version -1 where there is no catalog yet: for planning."""
@@ -330,11 +340,13 @@ class Catalog:
             for commit in self._open().history()
         ]
 
-    def commit(self, job: str, changes: Iterable[Change]) -> int:
+    def commit(
+        self, job: str, changes: Iterable[Change], check: Callable[[Snapshot], None] = lambda snapshot: None
+    ) -> int:
         """Publishes the changes of one job in one commit and returns the version that holds them.
 
         Running it twice commits once. A race with another job is settled by computing the commit again from what the
-        other left.
+        other left; `check` raises where that is nothing that these changes may be made to.
         """
         changes = tuple(changes)
         for change in changes:
@@ -342,6 +354,7 @@ class Catalog:
         for attempt in range(_COMMIT_ATTEMPTS):
             delta = self._open()
             snapshot = self._load(delta)
+            check(snapshot)
             new = _applied(changes, snapshot)
             if new is None:
                 return snapshot.version

@@ -1,16 +1,16 @@
 """Reading a corpus: its shards' rows, and the raw values in their tars or where their source has them.
 
-A corpus shard is two files: a WebDataset tar of raw fields, and a Parquet table with one row per sample in the order of
-the ids. Per field the table has a struct `present, offset, size, digest, ext, miss_reason, source, uri`: offset and size
-locate the value in the tar, so that one value is read without reading the tar; or, where `uri` is not null, in a file outside
-the store (references.py). A shard none of whose values is in a tar has no tar.
+A corpus shard is two files: a WebDataset tar of raw fields, and a Parquet table with one row per sample, in the order of the
+ids or of the source (row_order.py). Per field the table has a struct `present, offset, size, digest, ext, miss_reason, source,
+uri`: offset and size locate the value in the tar, so that one value is read without reading the tar; or, where `uri` is not
+null, in a file outside the store (references.py). A shard none of whose values is in a tar has no tar.
 
 What is read by sample (`to_arrow`, `locate`, `rows`) leaves out those that are gone (tombstones.py); what is read by place
 (`read`, `ids`, `value`) gives every row that a shard has.
 """
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,8 +22,9 @@ from featurestore import artefact
 from featurestore.catalog import Entries, Entry, Snapshot
 from featurestore.errors import AlignmentError, NotFound
 from featurestore.identity import DIGEST_BYTES, ids_sha256, input_digest, tar_key
-from featurestore.ids import Ids
+from featurestore.ids import Ids, hashes
 from featurestore.references import read_value
+from featurestore.row_order import BY_ID, order_of, out_of_order
 from featurestore.storage import Storage
 from featurestore.tombstones import gone_rows
 
@@ -193,6 +194,25 @@ class Corpus:
             raise NotFound(f"corpus {self.name!r} has no sample {sample_id!r} in version {self.version}{went}")
         return found[0]
 
+    def locate_all(self, ids: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What `locate` says of each of many: shard -> (int64 positions in `ids`, int64 rows in the shard)."""
+        names, wanted = pa.array(ids, pa.string()), hashes(list(ids))
+        first = self.index.find(wanted)
+        # Hardly a hash stands twice: what stands once is there or nowhere, and is looked up with the others of its shard.
+        once = np.flatnonzero((first >= 0) & (np.searchsorted(self.index.hash, wanted, "right") - first == 1))
+        found, there = {}, np.zeros(len(ids), bool)
+        for key, own in self.index.grouped(first[once]).items():
+            at, stored = once[own], self.read(key)["id"]
+            rows = self.index.rows[first[at]].astype(np.int64)
+            good = (rows < len(stored)) & ~np.isin(rows, self.gone.get(key, []))
+            good[good] = np.asarray(pc.equal(stored.take(rows[good]), names.take(at[good])))
+            found[key], there[at] = (at[good], rows[good]), good
+        for number in np.flatnonzero(~there).tolist():
+            key, row = self.locate(ids[number])
+            at, rows = found.get(key, (np.array([], np.int64),) * 2)
+            found[key] = np.append(at, number), np.append(rows, row)
+        return found
+
     def _id_at(self, key: str, row: int) -> str:
         ids = self.read(key)["id"]
         if row >= len(ids):
@@ -291,7 +311,8 @@ def read_rows(storage: Storage, entry: Entry) -> pa.Table:
         raise AlignmentError(f"{entry.path}: {(strange or ['id'])[0]!r} is not what it should be; run `braid verify`")
     if ids_sha256(table["id"].to_pylist()) != entry.ids_sha256:
         raise AlignmentError(f"{entry.path}: its ids are not the ones that the catalog names; run `braid verify`")
-    for row, problem in disordered(table):
+    # Not by the entry's lineage, which a worker is not given: the file's sha256 proves its footer as well.
+    for row, problem in disordered(table, order_of(artefact.footer_of(table.schema).get("settings", {}))):
         raise AlignmentError(
             f"{entry.path}: {problem} (row {row}, id {table['id'][row].as_py()!r}); run `braid verify`"
         )
@@ -302,23 +323,7 @@ def _type(schema: pa.Schema, name: str) -> pa.DataType | None:
     return schema.field(name).type if schema.names.count(name) == 1 else None
 
 
-def disordered(rows: pa.Table) -> Iterator[tuple[int, str]]:
-    """(row, what does not hold) of every row that stands out of order, in order.
-
-    Ids ascend, and so do the places of their values in the tar: fields that were moved to other ids show here.
-    """
-    ids = rows["id"].to_pylist()
-    for row in range(1, len(ids)):
-        if ids[row] <= ids[row - 1]:
-            yield row, f"stands behind {ids[row - 1]!r}: rows are not in the order of their ids"
-    fields = [field.name for field in rows.schema if field.type == MEMBER]
-    end = 0
-    for row, members in enumerate(zip(*(rows[field].to_pylist() for field in fields), strict=True)):
-        for field, member in zip(fields, members, strict=True):
-            if member["present"] and member["uri"] is None:
-                if member["offset"] < end:
-                    yield (
-                        row,
-                        f"its {field} is said to stand at {member['offset']} of the tar, before the value ahead of it",
-                    )
-                end = member["offset"] + member["size"]
+def disordered(rows: pa.Table, order: str = BY_ID) -> Iterator[tuple[int, str]]:
+    """(row, what does not hold) of every row that stands out of its shard's order: ids, or values that were moved to others."""
+    fields = {field.name: rows[field.name].to_pylist() for field in rows.schema if field.type == MEMBER}
+    return out_of_order(rows["id"].to_pylist(), fields, order)

@@ -44,7 +44,7 @@ class AlignmentError(StoreError):
 
 
 class BudgetExceeded(BraidError):
-    """More values were rejected than the spec's failure budget allows: read quarantine/, mend or raise it."""
+    """More values were rejected than the spec's failure budget allows: `braid quarantine SPEC` lists them."""
 
 
 class WorkerDied(BraidError):
@@ -67,7 +67,7 @@ class DecodeError(BraidError):
     """One value cannot be decoded. It goes to quarantine with `reason`; its batch goes on.
 
     Attributes:
-        reason: a short code, e.g. `empty`, `invalid_utf8`, `decode_error`, `too_large`, `nan_output`.
+        reason: a short code, e.g. `empty`, `not_text`, `invalid_utf8`, `decode_error`, `too_large`, `nan_output`.
         detail: what the decoder said, for the quarantine table.
     """
 

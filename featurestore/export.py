@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from featurestore import vectors
+from featurestore.arguments import several
 from featurestore.corpora import Corpus, member_name
-from featurestore.errors import InputError
+from featurestore.errors import InputError, StoreError
 from featurestore.identity import tar_key
 from featurestore.store import FeatureStore
-from featurestore.views import View
+from featurestore.views import View, last_whole
 
 FORMATS = ("webdataset",)
 
@@ -21,19 +22,27 @@ FORMATS = ("webdataset",)
 def export_webdataset(store: FeatureStore, views: Sequence[str], out: Path, raw: bool = False) -> list[Path]:
     """Writes one tar per corpus shard, samples adjacent and in the corpus's order; equal stores give equal bytes.
 
-    A sample has `<key>.json` (id, group and the corpus's columns), `<key>.<view>.npy` (float32 [dim], pickle-free) for each
-    view where its value is present (a missing vector is a missing member, never zeros) and, with `raw`, its raw fields.
+    While the corpus grows, these are the shards that the views cover. A sample has `<key>.json` (id, group and the corpus's
+    columns), `<key>.<view>.npy` (float32 [dim], pickle-free) for each view where its value is present (a missing vector is a
+    missing member, never zeros) and, with `raw`, its raw fields.
 
     Raises:
         InputError: no view, views of different corpora, or a folder that holds files already or cannot be made.
+        StoreError: views that cover different shards, because not all of them are encoded yet.
     """
     if not views:
         raise InputError(f"name at least one view; the store has: {', '.join(store.views()) or 'none'}")
-    opened = [store.view(name) for name in dict.fromkeys(views)]
+    opened = [store.view(name) for name in dict.fromkeys(several("views", views))]
     corpora = {view.corpus.name for view in opened}
     if len(corpora) != 1:
         raise InputError(
             f"views {', '.join(views)} are of {len(corpora)} corpora ({', '.join(sorted(corpora))}); one is needed"
+        )
+    corpus, shards = opened[0].corpus, opened[0].shards
+    if not all(view.shards.table["shard"].equals(shards.table["shard"]) for view in opened):
+        fewest = min(opened, key=lambda view: len(view.shards))
+        raise StoreError(
+            f"the views cover different shards; {fewest.behind()}{last_whole(store.snapshot, [*dict.fromkeys(views)])}"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -41,8 +50,8 @@ def export_webdataset(store: FeatureStore, views: Sequence[str], out: Path, raw:
         raise InputError(f"{out} cannot be made a folder ({error.strerror}); name a new folder") from error
     if any(out.iterdir()):
         raise InputError(f"{out} is not empty; name a new folder")
-    corpus, written = opened[0].corpus, []
-    for number, shard in enumerate(corpus.shards):
+    written = []
+    for number, shard in enumerate(shards):
         path = out / f"{corpus.name}-{number:05d}.tar"
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             for name, content in _members(corpus, opened, shard.shard, raw):

@@ -16,7 +16,7 @@ from featurestore.catalog import Snapshot
 from featurestore.errors import AlignmentError
 from featurestore.identity import hash64
 
-__all__ = ["IDS", "SCHEMA", "Ids", "hashes", "parts_of", "table", "there"]
+__all__ = ["IDS", "SCHEMA", "Ids", "hashes", "parts_of", "renewed", "table", "there"]
 
 IDS = "ids"
 """Kind in the catalog; its shard is the first of the range's."""
@@ -41,6 +41,15 @@ def table(parts: Mapping[int, tuple[list[str], list[str]]]) -> pa.Table:
         "etag": hashes([etag for _, etags in parts.values() for etag in etags]),
     }
     return pa.table(columns, schema=SCHEMA).sort_by([(name, "ascending") for name in ("hash", "part", "row")])
+
+
+def renewed(index: pa.Table, etags: Mapping[int, list[str]]) -> pa.Table:
+    """An id index with other etags: part -> those of its shard, in the order of its rows."""
+    parts, rows, etag = (np.asarray(index[name]).copy() for name in ("part", "row", "etag"))
+    for part, own in etags.items():
+        etag[parts == part] = hashes(own)[rows[parts == part]]
+    at = SCHEMA.get_field_index("etag")
+    return index.set_column(at, SCHEMA.field(at), pa.array(etag))
 
 
 def parts_of(snapshot: Snapshot, corpus: str) -> dict[str, list[int]]:
@@ -115,7 +124,11 @@ class Ids:
     @cached_property
     def by_shard(self) -> dict[str, np.ndarray]:
         """Shard -> int64 places of its samples."""
-        codes = self._ranges.astype(np.int64) << 32 | self._parts
+        return self.grouped(np.arange(len(self)))
+
+    def grouped(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """Shard -> int64 numbers of those of `places` that are of its samples, ascending."""
+        codes = self._ranges[places].astype(np.int64) << 32 | self._parts[places]
         order = np.argsort(codes, kind="stable")
         bounds = np.flatnonzero(np.diff(codes[order])) + 1
-        return {self.shard(int(each[0])): each for each in np.split(order, bounds) if len(each)}
+        return {self.shard(int(places[each[0]])): each for each in np.split(order, bounds) if len(each)}

@@ -23,6 +23,7 @@ from featurestore.errors import BraidError, NotFound
 from featurestore.identity import from_tar_key, ids_sha256, input_digest
 from featurestore.ids import IDS
 from featurestore.references import read_value
+from featurestore.row_order import order_of
 from featurestore.storage import Storage
 from featurestore.tombstones import TOMBSTONES
 
@@ -239,6 +240,7 @@ def _corpus_rows(look: Inspection, rows: Entry, media: Entry | None, quarantine:
         "shard": [rows.shard],
         "rows": [rows.rows, count],
         "ids_sha256": [rows.ids_sha256],
+        "settings": [rows.info()["settings"]],
         "media": _placed(media) or [None],
         "quarantine": [_placed(quarantine)],
     }
@@ -252,7 +254,7 @@ def _corpus_rows(look: Inspection, rows: Entry, media: Entry | None, quarantine:
     ids = table["id"].to_pylist()
     if ids_sha256(ids) != rows.ids_sha256:
         look.say(rows, "its ids, or their order, are not those of the catalog's ids_sha256")
-    for row, problem in disordered(table):
+    for row, problem in disordered(table, order_of(rows.info()["settings"])):
         look.say(rows, problem, row, ids[row])
     return table
 

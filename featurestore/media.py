@@ -1,4 +1,4 @@
-"""Guarded decoding of bytes that nobody vouches for: images, audio, text and readings of sensors.
+"""Guarded decoding of bytes that nobody vouches for: images, audio, text and readings of sensors; videos are in `video.py`.
 
 Sizes are checked from the header, before anything is decoded. Whatever a codec raises comes out as
 `DecodeError(reason, detail)`; only `MemoryError` passes. A detail holds no memory address and no path, so that the
@@ -12,6 +12,7 @@ Reasons:
 | `too_large` | more bytes, pixels, seconds or channels than the limits below |
 | `zero_size` | a header that says 0 pixels wide or high, or 0 samples |
 | `invalid_utf8` | a text that is not UTF-8 |
+| `no_stream` | a video file that has sound alone |
 | `unsupported_format` | not one of the formats, pixel modes or sample rates that are decoded here |
 | `decode_error` | the codec refused: damaged, truncated, or samples that are not finite |
 
@@ -31,15 +32,19 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from featurestore import containers
 from featurestore.errors import DecodeError
 
 if TYPE_CHECKING:
     import soundfile
     from PIL import Image
 
-__all__ = ["REASONS", "decode_audio", "decode_image", "decode_sensor", "decode_text", "sniff_extension"]
+__all__ = [
+    "REASONS", "check", "check_bytes", "check_pixels", "codec", "decode_audio", "decode_image", "decode_sensor", "decode_text",
+    "sniff_extension",
+]  # fmt: skip
 
-REASONS = ("decode_error", "empty", "invalid_utf8", "too_large", "unsupported_format", "zero_size")
+REASONS = ("decode_error", "empty", "invalid_utf8", "no_stream", "too_large", "unsupported_format", "zero_size")
 
 # Limits. Pillow itself warns from 89 million pixels on and refuses from 179 million.
 MAX_IMAGE_PIXELS = 64_000_000
@@ -64,7 +69,7 @@ def decode_text(raw: bytes) -> str:
     Raises:
         DecodeError: `empty`, `too_large` or `invalid_utf8`.
     """
-    _check_bytes(raw, MAX_TEXT_BYTES)
+    check_bytes(raw, MAX_TEXT_BYTES)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -90,8 +95,8 @@ def decode_image(raw: bytes, smallest_side: int | None = None) -> "Image.Image":
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    _check_bytes(raw, MAX_MEDIA_BYTES)
-    with _codec("image"):
+    check_bytes(raw, MAX_MEDIA_BYTES)
+    with codec("image"):
         try:
             image: Image.Image = Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS)
         except UnidentifiedImageError:
@@ -99,7 +104,7 @@ def decode_image(raw: bytes, smallest_side: int | None = None) -> "Image.Image":
             raise DecodeError("unsupported_format", f"not a readable {', '.join(IMAGE_FORMATS)}") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise DecodeError("too_large", f"more than {MAX_IMAGE_PIXELS} pixels") from None
-        _check_pixels(*image.size)
+        check_pixels(*image.size)
         if smallest_side is not None:
             image.draft("RGB", (smallest_side, smallest_side))
         image.load()
@@ -127,7 +132,7 @@ def decode_audio(raw: bytes, sample_rate: int, max_seconds: float | None = None)
     """
     import soxr
 
-    with _codec("audio"), _opened(raw) as source:
+    with codec("audio"), _opened(raw) as source:
         frames, rate = source.frames, source.samplerate
         if source.format not in AUDIO_FORMATS:
             raise DecodeError("unsupported_format", f"{source.format}; allowed: {', '.join(AUDIO_FORMATS)}")
@@ -162,11 +167,11 @@ def decode_sensor(raw: bytes) -> NDArray[np.float32]:
     Raises:
         DecodeError: any reason but `invalid_utf8`. Nothing is unpickled: an array of objects is `unsupported_format`.
     """
-    _check_bytes(raw, MAX_MEDIA_BYTES)
+    check_bytes(raw, MAX_MEDIA_BYTES)
     file = io.BytesIO(raw)
     if not raw.startswith(np.lib.format.MAGIC_PREFIX):
         raise DecodeError("unsupported_format", "not a .npy file")
-    with _codec("sensor"):
+    with codec("sensor"):
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
             raise DecodeError("unsupported_format", f".npy format {version[0]}.{version[1]}; allowed: 1.0, 2.0")
@@ -194,13 +199,17 @@ def check(modality: str, raw: bytes) -> None:
         decode_image(raw)
     elif modality == "sensor":
         decode_sensor(raw)
+    elif modality == "video":
+        from featurestore import video
+
+        video.check(raw)
     else:
         decode_audio(raw, sample_rate_of(raw))
 
 
 def sample_rate_of(raw: bytes) -> int:
     """Frames a second, in Hz, that a sound file's header states; DecodeError where it has none to read."""
-    with _codec("audio"), _opened(raw) as source:
+    with codec("audio"), _opened(raw) as source:
         return int(source.samplerate)
 
 
@@ -208,15 +217,17 @@ def sniff_extension(raw: bytes) -> str:
     """Name the format by its first bytes, without a dot: what a tar member is called.
 
     Returns:
-        `png`, `jpg`, `gif`, `bmp`, `tiff`, `webp`, `ogg`, `flac`, `wav`, `npy`, `txt` (UTF-8 without control
-        characters in its first 4 KiB) or `bin`.
+        `png`, `jpg`, `gif`, `bmp`, `tiff`, `webp`, `ogg`, `flac`, `wav`, `npy`, `mp4`, `mov`, `mkv`, `webm`, `avi`, `ts`,
+        `txt` (UTF-8 without control characters in its first 4 KiB) or `bin`.
     """
     for magic, extension in _MAGIC:
         if raw.startswith(magic):
             return extension
-    if raw[:4] == b"RIFF":
-        return {b"WEBP": "webp", b"WAVE": "wav"}.get(raw[8:12], "bin")
-    return "txt" if _looks_like_text(raw[:4096], whole=len(raw) <= 4096) else "bin"
+    if raw[:4] == b"RIFF" and raw[8:12] in (b"WEBP", b"WAVE"):
+        return {b"WEBP": "webp", b"WAVE": "wav"}[raw[8:12]]
+    if _looks_like_text(raw[:4096], whole=len(raw) <= 4096):
+        return "txt"
+    return containers.sniff(raw) or "bin"
 
 
 _MAGIC = (
@@ -242,14 +253,14 @@ def _looks_like_text(head: bytes, *, whole: bool) -> bool:
     return bool(head) and not re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text)
 
 
-def _check_bytes(raw: bytes, limit: int) -> None:
+def check_bytes(raw: bytes, limit: int) -> None:
     if not raw:
         raise DecodeError("empty", "0 bytes")
     if len(raw) > limit:
         raise DecodeError("too_large", f"{len(raw)} bytes; allowed: {limit}")
 
 
-def _check_pixels(width: int, height: int) -> None:
+def check_pixels(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise DecodeError("zero_size", f"{width} x {height} pixels")
     if width * height > MAX_IMAGE_PIXELS:
@@ -259,7 +270,7 @@ def _check_pixels(width: int, height: int) -> None:
 def _refuse_zero_png(raw: bytes) -> None:
     """Tell a PNG of no pixels, which Pillow calls unidentified, from other broken files."""
     if sniff_extension(raw) == "png" and raw[12:16] == b"IHDR" and len(raw) >= 24:
-        _check_pixels(int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big"))
+        check_pixels(int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big"))
 
 
 _UNKNOWN = 0xFFFFFFFF
@@ -275,7 +286,7 @@ def _opened(raw: bytes) -> "soundfile.SoundFile":
     """
     import soundfile
 
-    _check_bytes(raw, MAX_MEDIA_BYTES)
+    check_bytes(raw, MAX_MEDIA_BYTES)
     if raw.startswith(b"ID3"):
         # Ten bytes of header; the size in four of seven bits each (ID3v2.4, section 3.1).
         size = sum((byte & 0x7F) << shift for byte, shift in zip(raw[6:10], (21, 14, 7, 0), strict=False))
@@ -345,7 +356,7 @@ def _on_white(image: "Image.Image") -> "Image.Image":
 
 
 @contextmanager
-def _codec(modality: str) -> Iterator[None]:
+def codec(modality: str) -> Iterator[None]:
     """Turn whatever a codec raises, warnings made errors among it, into a DecodeError."""
     try:
         yield

@@ -6,22 +6,15 @@ leads out of it is not followed; symbolic links below a local root are the root'
 """
 
 import posixpath
-import stat
-import time
-from pathlib import Path
-from typing import Any, cast
 from urllib.parse import unquote
 
+from featurestore import files
 from featurestore.errors import AlignmentError, InputError, MissingExtra, NotFound, StoreError
+from featurestore.files import MAX_VALUE_BYTES, NoFile
 from featurestore.identity import input_digest
 from featurestore.storage import Storage
 
-__all__ = ["MAX_VALUE_BYTES", "from_root", "read_value", "relative"]
-
-MAX_VALUE_BYTES = 256 << 20
-"""A reference to more is refused before anything is read."""
-
-_PAUSES_S = (0.2, 0.8)
+__all__ = ["from_root", "read_value", "relative"]
 
 
 def relative(storage: Storage, uri: str) -> str | None:
@@ -98,36 +91,13 @@ def _is_text(reference: str) -> bool:
 
 
 def _read(root: str, where: str, offset: int, size: int) -> bytes:
-    for pause in (*_PAUSES_S, None):
-        try:
-            return _local(where, offset, size) if "://" not in root else _remote(root, where, offset, size)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise NotFound(f"{where}: gone since it was stored") from error
-        except Exception as error:
-            # An object store's client raises classes of five packages, none of them ours to import here.
-            if pause is None or "://" not in root:
-                said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-                raise StoreError(f"{where}: cannot be read now: {said}; mend that, and run it again") from error
-            time.sleep(pause)
-    raise AssertionError("the last try raises")
-
-
-def _local(where: str, offset: int, size: int) -> bytes:
-    # Before it is opened: a pipe would wait for its writer.
-    if not stat.S_ISREG(Path(where).stat().st_mode):
-        raise FileNotFoundError(where)
-    with open(where, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def _remote(root: str, where: str, offset: int, size: int) -> bytes:
-    import fsspec
-
     try:
-        # Of the root alone: a `::` in a reference would name another client.
-        fs: Any = fsspec.core.url_to_fs(root)[0]
+        # A reference to a local file may look like an address itself.
+        return files.part(where if "://" in root else f"file://{where}", offset, size)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, NoFile) as error:
+        raise NotFound(f"{where}: gone since it was stored") from error
     except ImportError as error:
-        raise MissingExtra(f"{root} needs a package that is not installed here: {error}") from error
-    path = where if root.startswith("http") else where.partition("://")[2]
-    return cast(bytes, fs.cat_file(path, start=offset, end=offset + size))
+        raise MissingExtra(f"{where} needs a package that is not installed here: {error}") from error
+    except Exception as error:
+        # An object store's client raises classes of five packages, none of them ours to import here.
+        raise StoreError(f"{where}: cannot be read now: {files.reason(error)}; mend that, and run it again") from error

@@ -12,17 +12,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore import artefact, builds, encoders, indexes
+from featurestore.arguments import whole_number
 from featurestore.catalog import Snapshot
 from featurestore.errors import AlignmentError, DecodeError, InputError, MissingExtra, StoreError
 from featurestore.identity import row_digest
 from featurestore.spaces import Space
 from featurestore.times import timestamp_ns
+from featurestore.tombstones import gone_rows
 from featurestore.views import View
 
 if TYPE_CHECKING:
     from PIL import Image
-
-MODALITIES = ("text", "image", "audio")
 
 _T = TypeVar("_T")
 
@@ -31,7 +31,7 @@ class Hit(NamedTuple):
     """A sample that was found.
 
     `score` is the cosine in the index's space, `view` the view whose vector was found. `image`, `text` and `audio` open the
-    sample's first field of that modality from the corpus.
+    sample's first field of that modality from the corpus; `raw("video")` is a video's bytes.
     """
 
     id: str
@@ -121,25 +121,33 @@ class _Place(NamedTuple):
 
 
 class Index:
-    """An index at one version of the store: vectors of one or more views in one space."""
+    """An index at one version of the store: vectors of one or more views in one space.
+
+    While its corpus grows, an index answers from the version that it was made of, without the samples that are gone since.
+
+    Attributes:
+        version: the version whose rows it has; the store's own where the index is fresh.
+    """
 
     def __init__(self, snapshot: Snapshot, name: str) -> None:
         self.name = name
         self.storage = snapshot.storage
         entries = builds.files(snapshot, builds.INDEX, name)
         settings = entries["index"].info()["settings"]
-        # A stale index would name rows that are no longer those of its views: it does not answer.
-        now = builds.plan(snapshot, builds.INDEX, name, settings)
-        if now.key != entries["index"].recipe:
+        # One whose views were encoded anew, or compacted, would name rows that are no longer theirs: it does not answer.
+        made_from = builds.made_from(snapshot, entries["index"])
+        if made_from is None or not builds.grown(made_from, snapshot, settings):
             raise StoreError(f"index {name!r} is older than its views or its space; `braid run` builds it again")
+        self.version = made_from.version
         self.card = read_card(snapshot, builds.INDEX, name)
-        self.space = read_space(snapshot, settings["space"])
-        self.views = {view: View(snapshot, view) for view in settings["views"]}
+        self.space = read_space(made_from, settings["space"])
+        self.views = {view: View(made_from, view) for view in settings["views"]}
         self._table = artefact.read_table(_content(self.storage, entries["rows"]))
         self._index = indexes.deserialise(
             _content(self.storage, entries["index"]), self.card["factory"], self.space.dim, len(self._table)
         )
         self._columns: pa.Table | None = None
+        self._there = _there(self._table, gone_rows(snapshot, settings["corpus"]))
 
     def __repr__(self) -> str:
         return f"Index({self.name!r}, {len(self._table)} vectors of {', '.join(self.views)}, {self.card['factory']})"
@@ -163,7 +171,7 @@ class Index:
         """
         allowed = self._allowed(where, modality, as_of)
         # A sample has at most one row a view.
-        enough = k * len(self.views) if k > 0 else k
+        enough = whole_number("k", k, 1) * len(self.views)
         scores, rows = indexes.search(self._index, np.atleast_2d(query), enough, allowed)
         best: dict[str, tuple[int, float]] = {}
         for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
@@ -194,10 +202,11 @@ class Index:
         return fitting[0]
 
     def _allowed(self, where: str | None, modality: str | None, as_of: str | int | None) -> np.ndarray | None:
-        allowed = np.ones(len(self._table), bool)
+        allowed = self._there.copy()
         if modality is not None:
-            if modality not in MODALITIES:
-                raise InputError(f"modality {modality!r} is not allowed; one of: {', '.join(MODALITIES)}")
+            has = sorted({view.modality for view in self.views.values()})
+            if modality not in has:
+                raise InputError(f"modality {modality!r} is not allowed; index {self.name!r} has: {', '.join(has)}")
             views = [name for name, view in self.views.items() if view.modality == modality]
             allowed &= np.isin(self._table["view"].to_pylist(), views)
         if where is not None:
@@ -261,6 +270,16 @@ class Index:
         (columns,) = view.corpus.columns(found["shard"], found["row"], 1)
         del columns["id"]
         return Hit(found["id"], score, found["view"], columns, _Place(view, found["shard"], found["row"]))
+
+
+def _there(rows: pa.Table, gone: dict[str, np.ndarray]) -> np.ndarray:
+    """Which rows of an index are of samples that are not gone, bool [n]."""
+    if not gone:
+        return np.ones(len(rows), bool)
+    shards = np.asarray(pc.fill_null(pc.index_in(rows["shard"], pa.array(gone)), -1), np.int64)
+    places = np.concatenate([at << 40 | own for at, own in enumerate(gone.values())])
+    there: np.ndarray = ~np.isin(shards << 40 | np.asarray(rows["row"]), places)
+    return there
 
 
 class Query:

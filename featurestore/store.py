@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from featurestore import builds
 from featurestore.catalog import Catalog, Snapshot
 from featurestore.corpora import ROWS, Corpus
 from featurestore.errors import DecodeError, InputError
+from featurestore.quarantine import rejections
 from featurestore.search import Hits, Index, Query, read_card, read_space
 from featurestore.spaces import Space
 from featurestore.storage import Storage
@@ -28,6 +30,7 @@ class FeatureStore:
 
     Raises:
         NotFound: no store at that address, or no such version.
+        InputError: a version that is no whole number.
     """
 
     def __init__(self, store: "str | os.PathLike[str] | Storage", version: int | None = None) -> None:
@@ -81,7 +84,10 @@ class FeatureStore:
         return Corpus(self.snapshot, name)
 
     def view(self, name: str) -> View:
-        """A view: take, scanner, to_arrow, files."""
+        """A view: take, scanner, to_arrow, matrix, files.
+
+        While its corpus grows, it has the rows of the shards that are encoded, and `view.unencoded` is not 0.
+        """
         return View(self.snapshot, name)
 
     def space(self, name: str) -> Space:
@@ -104,6 +110,13 @@ class FeatureStore:
 
         return TrainingSet(self.snapshot, name)
 
+    def quarantine(self, corpus: str | None = None) -> pa.Table:
+        """What was rejected of a corpus (of all where None): id, field, stage, reason, detail, source, corpus, view.
+
+        `view` is the view whose encoder rejected the value; null where it was rejected when the corpus was sharded.
+        """
+        return rejections(self.snapshot, corpus)
+
     def search(
         self,
         index: str,
@@ -125,16 +138,18 @@ class FeatureStore:
             text: the words to search by.
             image: a file's path, its bytes, or a PIL image.
             audio: a sound file's path or bytes.
-            vector: float [d]: of view `via` (as its encoder gives it), or of the index's space where `via` is None.
+            vector: float [d]: of view `via` (as its encoder gives it), or of the index's space where `via` is None, of any
+                length but 0.
             via: the view whose encoder reads the query; needed where several views have its modality.
             k: how many; at least 1.
             where: an SQL condition over the corpus's columns, e.g. `label = 'animals'`.
-            modality: only hits through views of this modality, e.g. `image`.
+            modality: only hits through views of this modality, one that the index has, e.g. `image`.
             as_of: only samples available by this time.
 
         Raises:
-            InputError: no query or several, one that cannot be read or decoded, an unknown view, column or modality, or a
-                vector of another dimension.
+            InputError: no query or several, one that cannot be read or decoded, an unknown view, column or modality, a
+                vector of another dimension, or a k that is no whole number.
+            StoreError: the index's views have been encoded anew, or compacted, since it was built.
         """
         given = {
             name: value
@@ -162,12 +177,21 @@ class FeatureStore:
         return np.asarray(index.embed(view.name, encoded)[0])
 
     def _vector(self, index: Index, value: Any, via: str | None) -> np.ndarray:
-        vector = np.asarray(value, np.float32)
         dim = index.space.dim if via is None else index.via(via, None).dim
+        whose = f"space {index.space.name!r}" if via is None else f"view {via!r}"
+        try:
+            vector = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            raise InputError(f"vector {value!r:.80} is none; {whose} has vectors of [{dim}], numbers") from None
         if vector.shape != (dim,) or not np.isfinite(vector).all():
-            whose = f"space {index.space.name!r}" if via is None else f"view {via!r}"
             raise InputError(f"vector of shape {vector.shape}: {whose} has vectors of [{dim}], all finite")
-        return vector if via is None else np.asarray(index.embed(via, vector[None])[0])
+        if via is not None:
+            return np.asarray(index.embed(via, vector[None])[0])
+        if not vector.any():
+            raise InputError(f"a vector of {dim} that is all zeros has no direction: nothing is nearest to it")
+        # By the largest first, so that no square overflows or vanishes.
+        vector = vector / np.abs(vector).max()
+        return np.asarray(vector / np.linalg.norm(vector), np.float32)
 
 
 def _raw(kind: str, value: Any) -> bytes:

@@ -186,7 +186,8 @@ def _inspect(look: Inspection, snapshot: Snapshot, unit: Unit) -> list[str]:
         view_shard(look, unit.entries[0], rows, quarantine)
     elif unit.kind in builds.BUILDS:
         proof = {builds.SPACE: space_build, builds.INDEX: index_build, builds.TRAINING: training_build}[unit.kind]
-        proof(look, snapshot, {entry.shard: entry for entry in unit.entries})
+        made_from = builds.made_from(snapshot, unit.entries[0]) or snapshot
+        proof(look, made_from, {entry.shard: entry for entry in unit.entries})
     elif unit.kind in (IDS, TOMBSTONES):
         (id_index if unit.kind == IDS else tombstone_file)(look, snapshot, unit.entries[0])
     else:
@@ -277,20 +278,26 @@ def _covers(look: Inspection, snapshot: Snapshot, name: str) -> None:
         look.say(
             entries[0], f"reads field {info['field']!r} as {info['encoder']['modality']}; the corpus has {modality}"
         )
-    for shard in sorted(set(shards) - {entry.shard for entry in entries}):
-        missing = entries[0]._replace(shard=shard, path=f"views/{name}/{entries[0].recipe}")
-        look.say(missing, "the corpus has this shard, and the view has not", mend="`braid run` encodes it")
+    if missing := sorted(set(shards) - {entry.shard for entry in entries}):
+        first = entries[0]._replace(shard=missing[0], path=f"views/{name}/{entries[0].recipe}")
+        more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
+        incomplete = f"incomplete: the corpus has {len(shards)} shards, and the view has not this one{more}"
+        look.say(first, incomplete, mend="`braid run` encodes what is missing")
     for entry in entries:
         if entry.shard not in shards:
             look.say(entry, "the corpus has no such shard", mend="`braid history`: read a version before it came in")
 
 
 def _fresh(look: Inspection, snapshot: Snapshot, kind: str, name: str) -> None:
-    """A build is that of its inputs as they are now."""
+    """A build is that of its inputs as they are now. Of what is not encoded yet its view's own finding tells."""
     entries = snapshot.entries(kind, name)
     if len({entry.recipe for entry in entries}) > 1:
         look.say(entries[-1], "two builds of one name stand in the catalog")
-    now = builds.plan(snapshot, kind, name, entries[0].info()["settings"]).key
+    settings = entries[0].info()["settings"]
+    encoded = {*snapshot.names(views.VIEW)}.intersection(settings["views"])
+    if not all(views.covers(snapshot, view, settings["corpus"]) for view in encoded):
+        return
+    now = builds.plan(snapshot, kind, name, settings).key
     if now != entries[0].recipe:
         stale = f"stale: its inputs have changed since it was built (they give build {now})"
         look.say(entries[0], stale, mend="`braid run` builds it again")

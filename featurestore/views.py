@@ -3,6 +3,10 @@
 A view shard is a Parquet file with the columns `present, embedding, input_digest, row_digest, miss_reason`, in the
 order of its corpus shard's rows, and a footer that says what it was made from. Readers prove the footer and every row
 before they hand out a row.
+
+While a corpus grows, its view has not all of its shards. Each that it has is as good as ever, so a view is read at those: its
+rows are those of the corpus shards that it covers. What needs every sample, or several views of the same ones, opens them with
+`whole`, or compares their `shards`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurestore import artefact, vectors
-from featurestore.catalog import Entry, Snapshot
-from featurestore.corpora import Corpus
-from featurestore.errors import AlignmentError, InputError, NotFound
+from featurestore.arguments import several, whole_number
+from featurestore.catalog import Entries, Entry, Snapshot
+from featurestore.corpora import ROWS, Corpus
+from featurestore.errors import AlignmentError, InputError, NotFound, StoreError
 from featurestore.identity import DIGEST_BYTES, digest_of, row_digest
 
 VIEW = "view"
@@ -99,8 +104,40 @@ def _hex(digest: bytes | None) -> str:
     return digest.hex() if digest is not None else "none"
 
 
+def covers(snapshot: Snapshot, name: str, corpus: str) -> bool:
+    """Whether a view has a shard for every shard of a corpus as it is now, no file opened."""
+    made = snapshot.table(VIEW, name, columns=("shard", "input_sha256"))
+    shards = snapshot.table(ROWS, corpus, columns=("shard", "sha256"))
+    same = made["shard"].equals(shards["shard"]) and made["input_sha256"].equals(shards["sha256"])
+    return bool(same and len(made))
+
+
+def whole(snapshot: Snapshot, names: Sequence[str]) -> dict[str, "View"]:
+    """Views that each have a row for every sample of their corpus.
+
+    Raises:
+        StoreError: one has not; the text names the last version at which all had.
+    """
+    opened = {name: View(snapshot, name) for name in names}
+    if partial := [view for view in opened.values() if view.unencoded]:
+        raise StoreError(f"{partial[0].behind()}{last_whole(snapshot, names)}")
+    return opened
+
+
+def last_whole(snapshot: Snapshot, names: Sequence[str]) -> str:
+    """In words, the last version at which some views covered their corpora; nothing where there was none."""
+    corpora = {name: View(snapshot, name).corpus.name for name in names}
+    found = snapshot.last(lambda each: all(covers(each, name, corpus) for name, corpus in corpora.items()))
+    return f"; or read version {found.version}, the last at which nothing was missing" if found else ""
+
+
 class View:
-    """A view at one version of the store."""
+    """A view at one version of the store.
+
+    Attributes:
+        shards: the catalog's entries of the corpus shards that it covers, in order; its rows are theirs.
+        unencoded: the number of shards that the corpus has and the view has not yet.
+    """
 
     def __init__(self, snapshot: Snapshot, name: str) -> None:
         self.name = name
@@ -118,14 +155,15 @@ class View:
         self.corpus = Corpus(snapshot, info["corpus"])
         self._entries = entries
         self._proven: set[str] = set()
-        have, shards = entries.table, self.corpus.shards.table
+        have, table = entries.table, self.corpus.shards.table
+        covered = pc.is_in(table["shard"], have["shard"])
+        shards = table if pc.all(covered).as_py() else table.filter(covered)
         if not have["shard"].equals(shards["shard"]) or pc.unique(have["recipe"]).to_pylist() != [self.recipe]:
-            missing = shards["shard"].filter(pc.invert(pc.is_in(shards["shard"], have["shard"])))
             raise AlignmentError(
-                f"view {name!r} has {len(entries)} shards where corpus {self.corpus.name!r} has "
-                f"{len(shards)}{f' (missing: {missing[0]} …)' if len(missing) else ''}; "
-                "`braid run` encodes what is missing"
+                f"view {name!r} has shards of several encoders, or shards that corpus {self.corpus.name!r} has not; "
+                "run `braid verify`"
             )
+        self.shards, self.unencoded = Entries(shards), len(table) - len(shards)
         gone = self.corpus.gone
         live = [
             rows - len(gone.get(shard, ()))
@@ -135,7 +173,15 @@ class View:
 
     def __repr__(self) -> str:
         made = f"{self.encoder['key']} of {self.corpus.name}.{self.field}"
-        return f"View({self.name!r}, {self.rows} rows × {self.dim}, {made})"
+        waits = f"; {self.corpus.rows - self.rows} samples not encoded yet" if self.unencoded else ""
+        return f"View({self.name!r}, {self.rows} rows × {self.dim}, {made}{waits})"
+
+    def behind(self) -> str:
+        """In words, how far a view is behind its corpus, and the mend."""
+        return (
+            f"view {self.name!r} has {len(self.shards)} of the {len(self.corpus.shards)} shards of corpus "
+            f"{self.corpus.name!r} in version {self.version}: `braid run` encodes the rest"
+        )
 
     @property
     def dim(self) -> int:
@@ -149,16 +195,16 @@ class View:
 
     @property
     def rows(self) -> int:
-        """Number of rows: one per sample of the corpus that is not gone, missing values included."""
-        return self.corpus.rows
+        """Number of rows: one per sample of the shards that it covers that is not gone, missing values included."""
+        return int(self._starts[-1])
 
     @property
     def schema(self) -> pa.Schema:
         """The columns that reading gives; `embedding` is null where a value is missing."""
-        return self._table(self.corpus.shards[0].shard, COLUMNS).schema
+        return self._table(self.shards[0].shard, COLUMNS).schema
 
     def entries(self) -> list[Entry]:
-        """The catalog's entries, in the order of the corpus's shards."""
+        """The catalog's entries, in the order of `shards`."""
         return list(self._entries)
 
     def files(self) -> list[str]:
@@ -196,54 +242,72 @@ class View:
         return table
 
     def to_arrow(self, columns: Sequence[str] = COLUMNS) -> pa.Table:
-        """All rows in the order of the corpus."""
+        """All rows in the order of the corpus, in memory; `scanner` gives them shard by shard.
+
+        Args:
+            columns: of `COLUMNS`, in any order.
+        """
         _check_columns(columns)
-        return pa.concat_tables([self._live(shard.shard, columns) for shard in self.corpus.shards])
+        return pa.concat_tables([self._live(shard.shard, columns) for shard in self.shards])
 
     def matrix(self) -> tuple[np.ndarray, np.ndarray]:
         """(float32 [rows, dim] with rows of NaN where missing, bool [rows] present), in the order of the corpus."""
-        tables = [self.corpus.live(shard.shard, self.read(shard.shard)) for shard in self.corpus.shards]
+        tables = [self.corpus.live(shard.shard, self.read(shard.shard)) for shard in self.shards]
         present = np.concatenate([np.asarray(table["present"]) for table in tables])
         return np.concatenate([vectors.matrix(table["embedding"]) for table in tables]), present
 
     def scanner(self, columns: Sequence[str] = COLUMNS, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
         """Record batches of at most `batch_size` rows in the order of the corpus; one shard in memory at a time."""
         _check_columns(columns)
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} is not allowed; at least 1")
-        for shard in self.corpus.shards:
+        whole_number("batch_size", batch_size, 1)
+        return self._batches(columns, batch_size)
+
+    def _batches(self, columns: Sequence[str], batch_size: int) -> Iterator[pa.RecordBatch]:
+        for shard in self.shards:
             yield from self._live(shard.shard, columns).to_batches(max_chunksize=batch_size)
 
     def take(self, ids: Sequence[str] | Sequence[int] | np.ndarray, columns: Sequence[str] = COLUMNS) -> pa.Table:
-        """Rows by id or by row number in the corpus, one for each asked for, in the order asked for.
+        """Rows by id, or by their number in `to_arrow()`: one for each asked for, in the order asked for.
 
         Raises:
-            NotFound: an id that the corpus does not hold, or a row number past its end.
+            NotFound: an id that the corpus does not hold, or the view not yet; a row number past its end.
+            InputError: what is neither an id nor a row number, or another column than `COLUMNS`.
         """
         _check_columns(columns)
-        wanted = [self._locate(each) for each in ids]
-        tables: dict[str, pa.Table] = {}
-        for shard in sorted({shard for shard, _ in wanted}):
-            rows = [row for at, row in wanted if at == shard]
-            tables[shard] = self._table(shard, columns).take(pa.array(rows, pa.int64()))
+        wanted = list(several("ids", ids))
+        texts = all(isinstance(each, str) for each in wanted)
+        places = (
+            self._of_ids(wanted)
+            if texts
+            else self._of_rows(
+                [whole_number("an item of ids (all texts, or all row numbers)", each) for each in wanted]
+            )
+        )
         if not wanted:
-            return self._table(self.corpus.shards[0].shard, columns).slice(0, 0)
-        position = dict.fromkeys(tables, 0)
-        picked = []
-        for shard, _ in wanted:
-            picked.append(tables[shard].slice(position[shard], 1))
-            position[shard] += 1
-        return pa.concat_tables(picked).combine_chunks()
+            return self._table(self.shards[0].shard, columns).slice(0, 0)
+        found = pa.concat_tables([self._table(shard, columns).take(rows) for shard, (_, rows) in places.items()])
+        # Its rows stand by shards: the inverse of that order is the one asked for.
+        order = np.argsort(np.concatenate([at for at, _ in places.values()]))
+        return found.take(order).combine_chunks()
 
-    def _locate(self, which: str | int | np.integer[Any]) -> tuple[str, int]:
-        if isinstance(which, str):
-            return self.corpus.locate(which)
-        row = int(which)
-        if not 0 <= row < self.rows:
-            raise NotFound(f"view {self.name!r} has no row {row}; it has rows 0 to {self.rows - 1}")
-        at = int(np.searchsorted(self._starts, row, "right")) - 1
-        shard = self.corpus.shards[at].shard
-        return shard, int(self.corpus.live_rows(shard)[row - int(self._starts[at])])
+    def _of_ids(self, ids: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Shard -> (positions in `ids`, rows in the shard)."""
+        places = self.corpus.locate_all(ids)
+        for shard, (at, _) in places.items():
+            if self.unencoded and self._entries.find(shard) is None:
+                raise NotFound(f"sample {ids[at.min()]!r} is not encoded yet: {self.behind()}")
+        return places
+
+    def _of_rows(self, numbers: list[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        for row in numbers:
+            if not 0 <= row < self.rows:
+                raise NotFound(f"view {self.name!r} has no row {row}; it has rows 0 to {self.rows - 1}")
+        rows, places = np.array(numbers, np.int64), {}
+        of = np.searchsorted(self._starts, rows, "right") - 1
+        for number in np.unique(of).tolist():
+            at, shard = np.flatnonzero(of == number), self.shards[number].shard
+            places[shard] = at, self.corpus.live_rows(shard)[rows[at] - self._starts[number]]
+        return places
 
     def _live(self, shard: str, columns: Sequence[str]) -> pa.Table:
         return self.corpus.live(shard, self._table(shard, columns))
@@ -259,6 +323,6 @@ class View:
 
 
 def _check_columns(columns: Sequence[str]) -> None:
-    unknown = [name for name in columns if name not in COLUMNS]
+    unknown = [name for name in several("columns", columns) if name not in COLUMNS]
     if unknown:
         raise InputError(f"a view has no column {unknown[0]!r}; allowed: {', '.join(COLUMNS)}")

@@ -132,7 +132,7 @@ def _run(
 
         snapshot = Catalog(spec.store).snapshot()
         rejected = sum(entry.rows for entry in snapshot.entries("quarantine"))
-        note = f"; {counted(rejected, 'value')} in quarantine, see: braid status {spec.store.uri}" if rejected else ""
+        note = f"; {counted(rejected, 'value')} in quarantine, see: braid quarantine {path}" if rejected else ""
         _say().print(f"store {spec.store.uri}, version {snapshot.version}{note}")
     return done
 
@@ -302,6 +302,20 @@ def compact(
     carry_out(_spec(spec), _say(bars=not log_json), beam or (), workers, purge)
 
 
+@app.command("retry-quarantined")
+def retry_quarantined(
+    spec: SpecPath, workers: WorkerCount = 1, log_json: LogJson = False, beam: BeamArgs = None
+) -> None:
+    """Try quarantined values again; what is mended comes in at its place, nothing is renumbered."""
+    if log_json:
+        from pipelines import log
+
+        log.start()
+    from jobs.retry import Retrier
+
+    Retrier(_spec(spec), _say(bars=not log_json), beam or (), workers).retry(str(spec))
+
+
 @app.command()
 def search(
     store: Store,
@@ -316,10 +330,14 @@ def search(
     version: Version = None,
 ) -> None:
     """Search an index by text, picture or sound; print score, id, view and caption of each hit."""
-    hits = _store(store, version).search(
-        index, text=text, image=image, audio=audio, via=via, k=k, where=where, modality=modality
-    )
+    opened = _store(store, version)
+    hits = opened.search(index, text=text, image=image, audio=audio, via=via, k=k, where=where, modality=modality)
     console = _say()
+    if (made_of := opened.index(index).version) != opened.version:
+        told = (
+            f"index {index!r} has the samples of version {made_of}; `braid run` brings it to version {opened.version}"
+        )
+        print(told, file=sys.stderr)
     for hit in hits:
         console.print(f"{hit.score:.3f}  {hit.id}  [{hit.view}]  {hit.text or ''}", markup=False)
 
@@ -392,6 +410,28 @@ def check_encoder(
         raise InputError(f"--value {error.filename}: {error.strerror}; name a file") from None
     if not tried(cls, made_with, values, _say()):
         sys.exit(1)
+
+
+@app.command()
+def quarantine(
+    store: Store,
+    field: Annotated[str | None, typer.Option(help="Only values of this field.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Only values that were rejected for this reason.")] = None,
+    version: Version = None,
+) -> None:
+    """List rejected values as JSON lines; of a spec those too of a job that published nothing, past its failure budget."""
+    from jobs.quarantine import listed
+
+    is_spec = store.endswith((".yaml", ".yml")) and version is None
+    rows = list(listed(_store(store, version).snapshot, _spec(Path(store)) if is_spec else None))
+    for name, given in (("field", field), ("reason", reason)):
+        if given is not None and rows and given not in (there := sorted({row[name] for row in rows})):
+            raise InputError(f"{name} {given!r}: nothing is in quarantine of it; there is: {', '.join(there)}")
+    for row in rows:
+        if field in (None, row["field"]) and reason in (None, row["reason"]):
+            print(json.dumps(row, ensure_ascii=False))
+    if not rows:
+        print("nothing is in quarantine", file=sys.stderr)
 
 
 @app.command()

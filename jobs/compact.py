@@ -1,6 +1,10 @@
-"""`braid compact`: fewer, fuller shards without what is gone; and, if asked, its erasure for good."""
+"""`braid compact`: fewer, fuller shards without what is gone; and, if asked, its erasure for good.
+
+Of adopted tars the rows of what is gone go, and the tars stay as their owner has them, also where it is erased.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -29,23 +33,33 @@ def compact(spec: Spec, console: Console, beam_args: Sequence[str] = (), workers
     snapshot = catalog.snapshot()
     if corpus["name"] not in snapshot.names(ROWS):
         raise NotFound(f"no corpus {corpus['name']!r} in {storage.uri}: `braid shard` brings one in")
-    todo = pipeline.plan(snapshot, corpus)
-    if todo is None:
+    planned = [plan(snapshot, corpus) for plan in (pipeline.plan, pipeline.plan_of_tars)]
+    for todo in filter(None, planned):
+        _carry_out(catalog, corpus, todo, console, beam_args, workers)
+    if not any(planned):
         console.print("No shard is small or holds what is gone: nothing to compact.")
-    else:
-        args = dataflow.job_args(beam_args, "compact", corpus["name"], storage)
-        job = Job(args, workers)
-        pipeline.build(job, storage, corpus, todo, snapshot.version)
-        with track(console, f"compact {corpus['name']}", todo.samples):
-            job.run()
-        after = len(catalog.snapshot().table(ROWS, corpus["name"], None, ("shard",)))
-        before = len(snapshot.table(ROWS, corpus["name"], None, ("shard",)))
-        console.print(f"{counted(before, 'shard')} are {after} now; left out: {counted(todo.gone, 'sample')}")
     if purge:
         files, size = erase(catalog, corpus["name"])
         console.print(
             f"erased {counted(files, 'file')}, {size / 1e6:.1f} MB: earlier versions of {corpus['name']} are no more"
         )
+
+
+def _carry_out(
+    catalog: Catalog,
+    corpus: dict[str, Any],
+    todo: pipeline.Compaction,
+    console: Console,
+    beam_args: Sequence[str],
+    workers: int,
+) -> None:
+    name, snapshot = corpus["name"], catalog.snapshot()
+    job = Job(dataflow.job_args(beam_args, "compact", name, catalog.storage), workers)
+    pipeline.build(job, catalog.storage, corpus, todo, snapshot.version)
+    with track(console, f"compact {name}", todo.samples):
+        job.run()
+    before, after = (len(each.table(ROWS, name, None, ("shard",))) for each in (snapshot, catalog.snapshot()))
+    console.print(f"{counted(before, 'shard')} are {after} now; left out: {counted(todo.gone, 'sample')}")
 
 
 def erase(catalog: Catalog, name: str) -> tuple[int, int]:

@@ -26,6 +26,7 @@ __all__ = [
 
 MODALITIES = {
     "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"),
+    "video": ("mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "mts", "m2ts"),
     "audio": ("ogg", "oga", "opus", "wav", "flac"),
     "text": ("txt", "text", "caption"),
 }

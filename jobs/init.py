@@ -102,7 +102,7 @@ def _of_folder(path: str) -> Found:
     if not fields:
         told = ", ".join(f"{count} {_dotted(ending)}" for ending, count in endings.most_common(5))
         raise InputError(
-            f"{path}: none of its files is a picture, a sound or a text that is decoded ({told}); decoded are: "
+            f"{path}: none of its files is a picture, a video, a sound or a text that is decoded ({told}); decoded are: "
             f"{', '.join(ending for its in guesses.MODALITIES.values() for ending in its)}"
         )
     samples = set().union(*(field.samples for field in fields))
@@ -238,7 +238,7 @@ def _of_tar(path: str) -> Found:
     samples = set().union(*keys.values())
     if not fields:
         raise InputError(
-            f"{path}: none of its members is a picture, a sound or a text; they end in: {', '.join(sorted(keys))}"
+            f"{path}: none of its members is a picture, a video, a sound or a text; they end in: {', '.join(sorted(keys))}"
         )
     columns = guess_columns.of_rows(rows, path, id_column="__key__") if rows else Columns({}, None, [], [])
     cut = count == MAX_SEEN

@@ -63,9 +63,9 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
     """
     corpus = corpus_dict(spec)
     name, source = corpus["name"], open_source(corpus)
-    _check_settings(snapshot, corpus)
+    check_settings(snapshot, corpus)
     if name in snapshot.names(ROWS):
-        _check_whole(snapshot, name)
+        check_whole(snapshot, name)
     found = shard.scan(source, shard.Known(snapshot, name))
     if not found.samples + found.known:
         raise InputError(f"{_path(spec)} holds no samples; name another one in corpus.source.path")
@@ -79,14 +79,16 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
     return found._replace(remarks=remarks)
 
 
-def _check_settings(snapshot: Snapshot, corpus: dict[str, Any]) -> None:
+def check_settings(snapshot: Snapshot, corpus: dict[str, Any]) -> None:
     """InputError where a stored corpus was made from other fields or columns than the spec has now."""
     for entry in snapshot.entries(ROWS, corpus["name"])[:1]:
         stored = entry.info()["settings"]
         if stored["media"] != corpus["media"]:
+            adopt = corpus["source"]["adopt"]
+            given, mend = (", as adopt means,", "leave adopt out") if adopt else ("", "write that")
             raise InputError(
-                f"corpus.media: {corpus['media']!r} where corpus {corpus['name']!r} was stored with {stored['media']!r}; its "
-                "shards are never changed, so write that, or name another corpus or store"
+                f"corpus.media: {corpus['media']!r}{given} where corpus {corpus['name']!r} was stored with "
+                f"{stored['media']!r}; its shards are never changed, so {mend}, or name another corpus or store"
             )
         for part in ("fields", "columns"):
             if stored[part] != corpus[part]:
@@ -222,7 +224,7 @@ def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
     return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, f"samples: {why}{more}")
 
 
-def _check_whole(snapshot: Snapshot, name: str) -> None:
+def check_whole(snapshot: Snapshot, name: str) -> None:
     """StoreError where a file of a stored corpus is gone or has another size."""
     listing = snapshot.storage.list(f"corpora/{name}") | snapshot.storage.list(f"quarantine/shard/{name}")
     scopes = (*((kind, name) for kind in (ROWS, MEDIA, IDS, TOMBSTONES)), (QUARANTINE, f"shard/{name}"))

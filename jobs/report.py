@@ -5,13 +5,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore.artefact import read_checked, read_table
 from featurestore.builds import INDEX
-from featurestore.corpora import MISSES, QUARANTINE
+from featurestore.corpora import MISSES, QUARANTINE, REJECTED
 from featurestore.errors import AlignmentError
 from featurestore.store import FeatureStore
 from featurestore.views import VIEW
@@ -28,16 +26,7 @@ def counted(count: int, what: str) -> str:
 
 def rejected(store: FeatureStore, corpus: str) -> list[dict[str, Any]]:
     """Every quarantined value of a corpus's samples: id, field, stage, reason, detail, source."""
-    opened = store.corpus(corpus)
-    views = [view for view in map(store.view, store.views()) if view.corpus.name == corpus]
-    scopes = [("", f"shard/{corpus}"), *((view.recipe, f"encode/{view.name}") for view in views)]
-    rows: list[dict[str, Any]] = []
-    for recipe, name in scopes:
-        for entry in store.snapshot.entries(QUARANTINE, name, recipe):
-            gone = opened.gone.get(entry.shard, np.array([], np.int64))
-            left_out = set(opened.read(entry.shard)["id"].take(gone).to_pylist()) if len(gone) else set()
-            table = read_table(read_checked(store.storage, entry.path, entry.sha256)).to_pylist()
-            rows += [row for row in table if row["id"] not in left_out]
+    rows: list[dict[str, Any]] = store.quarantine(corpus).select(REJECTED.names).to_pylist()
     return rows
 
 

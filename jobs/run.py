@@ -43,7 +43,7 @@ class Done(NamedTuple):
     longest_s: float | None = None
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """How much a job has to do, in samples, how much of it is done now, and whether a shard is one of its own."""
 
     total: int
@@ -93,7 +93,7 @@ class Runner:
     def _resources(self, view: str) -> dataflow.Resources:
         return dataflow.Resources(**self.spec.views[view].resources.model_dump())
 
-    def _carry_out(self, job: Job, stage: str, name: str, begun: float, work: _Work | None = None) -> None:
+    def _carry_out(self, job: Job, stage: str, name: str, begun: float, work: Work | None = None) -> None:
         told = f"{stage} {name}"
         log.event(told, "job begin")
         total, done = (work.total, work.done) if work else (None, None)
@@ -112,8 +112,9 @@ class Runner:
     def _published(self, stage: str, name: str, own: Callable[[str], bool]) -> dict[str, Any]:
         """What the catalog says of a job's own shards: right on every runner."""
         snapshot = self._snapshot()
-        shards = snapshot.table(ROWS if stage == "shard" else VIEW, name, None, ("shard",))["shard"].to_pylist()
-        bad = snapshot.table(QUARANTINE, f"{stage}/{name}", None, ("shard", "rows")).to_pylist()
+        kind, scope = (VIEW, "encode") if stage == "encode" else (ROWS, "shard")
+        shards = snapshot.table(kind, name, None, ("shard",))["shard"].to_pylist()
+        bad = snapshot.table(QUARANTINE, f"{scope}/{name}", None, ("shard", "rows")).to_pylist()
         return {
             "shards": sum(map(own, shards)),
             "rejected": sum(each["rows"] for each in bad if own(each["shard"])),
@@ -137,7 +138,7 @@ class Runner:
             written = sum(key.endswith(".parquet") for key in names)
             return min(found.samples, written * int(corpus["shard_rows"]))
 
-        work = _Work(found.samples, done, lambda key: key.startswith(f"{found.key}-"))
+        work = Work(found.samples, done, lambda key: key.startswith(f"{found.key}-"))
         self._carry_out(job, "shard", corpus["name"], begun, work)
 
     def _encode(self, only: str | None) -> None:
@@ -161,7 +162,7 @@ class Runner:
             stems = {key.rpartition("/")[2].rpartition("-")[0] for key in self.storage.list(encode.folder(planned))}
             return sum(count for shard_key, count in rows.items() if shard_key in stems)
 
-        self._carry_out(job, "encode", planned.name, begun, _Work(sum(rows.values()), done, rows.__contains__))
+        self._carry_out(job, "encode", planned.name, begun, Work(sum(rows.values()), done, rows.__contains__))
 
     def _build(self, stage: str, only: str | None) -> None:
         for name, settings in plan.build_settings(self.spec, stage).items():

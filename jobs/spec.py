@@ -175,10 +175,14 @@ class ClockSpec(_Node):
 
 
 class SourceSpec(_Node):
-    """Where the samples come from: files at one path or several, with patterns (`*`) and lists (`{00..99}`); or one folder."""
+    """Where the samples come from: files at one path or several, with patterns (`*`) and lists (`{00..99}`); or one folder.
+
+    A webdataset with `adopt` is indexed where it lies: each tar is a shard, its values stay in it.
+    """
 
     type: Literal["manifest", "folder", "webdataset", "parquet", "streams"]
     path: Texts
+    adopt: bool = False
     windows: WindowsSpec | None = None
 
 
@@ -200,7 +204,7 @@ class FieldSpec(_Node):
     timed streams: `time` and `channels` are columns of a sensor's file.
     """
 
-    modality: Literal["text", "image", "audio", "sensor"]
+    modality: Literal["text", "image", "audio", "video", "sensor"]
     from_: OneOrMore = Field(alias="from")
     read: Literal["inline", "file"] | None = None
     clock: ClockSpec | None = None
@@ -220,7 +224,8 @@ class FieldSpec(_Node):
 class CorpusSpec(_Node):
     """The corpus and how it is cut into shards; `failure_budget` is the share of values that may be rejected.
 
-    With `media: reference` raw values stay in their files, below `store.media_root` (without it, the source's folder).
+    With `media: reference` raw values stay in their files, below `store.media_root` (without it, the source's folder); so do
+    those of adopted tars, without a word.
     """
 
     name: Name
@@ -239,6 +244,13 @@ class CorpusSpec(_Node):
     shard_rows: int = Field(default=10_000, ge=1, le=1_000_000)
     shard_mb: int = Field(default=512, ge=1, le=1_000_000)
     failure_budget: Annotated[float, BeforeValidator(_fraction)] = 0.01
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adopted_stay(cls, given: Any) -> Any:
+        source = given.get("source") if isinstance(given, dict) else None
+        adopted = isinstance(source, dict) and source.get("adopt") is True
+        return {"media": "reference"} | given if adopted else given
 
 
 class ResourcesSpec(_Node):

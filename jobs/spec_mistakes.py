@@ -246,6 +246,9 @@ def _estimated(field: Mapping[str, Any]) -> bool:
 
 def _of_stream(name: str, field: Mapping[str, Any], fields: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     modality = field.get("modality")
+    if modality == "video":
+        yield ("modality",), "'video' is for whole files; a window has a frame of a video: write modality: image"
+        return
     allowed = POLICIES.get(modality, ()) if isinstance(modality, str) else ()
     policy = field.get("policy", allowed[0] if allowed else None)
     if allowed and policy not in allowed:
@@ -357,6 +360,13 @@ def _of_source(tree: Document) -> Iterator[Mistake]:
     sections = corpus if isinstance(corpus, dict) else {}
     source, columns = (part if isinstance(part, dict) else {} for part in map(sections.get, ("source", "columns")))
     given = {name: field.get("from") for name, field in _entries(corpus, "fields").items()}
+    if "adopt" in source and source.get("type") != "webdataset":
+        yield tree.mistake(
+            ("corpus", "source", "adopt"), "only tars are adopted: write type: webdataset, or leave it out"
+        )
+    elif source.get("adopt") is True and sections.get("media") == "copy":
+        text = "'copy' is not what adopt does, which leaves values in their tars: leave one of them out"
+        yield tree.mistake(("corpus", "media"), text)
     if source.get("type") == "folder":
         yield from _of_folder(source, columns, given, tree)
     elif source.get("type") in ("manifest", "parquet"):

@@ -15,7 +15,7 @@ from featurestore.errors import InputError
 from featurestore.heads import one_thread
 from featurestore.identity import hash64
 from featurestore.storage import Storage
-from featurestore.views import View
+from featurestore.views import whole
 from pipelines.publish import card_bytes, place_build
 from pipelines.runner import Result
 
@@ -37,7 +37,7 @@ def settings(corpus: str, space: dict[str, Any], equal: str | None) -> dict[str,
 
 def pairs(snapshot: Snapshot, views: list[str], equal: str | None) -> recall.Pairs:
     """The samples that have both views; those with equal bytes of the field `equal` are as good an answer as each other."""
-    first, second = (View(snapshot, view) for view in views)
+    first, second = whole(snapshot, views).values()
     (x, has_x), (y, has_y) = first.matrix(), second.matrix()
     rows = np.flatnonzero(has_x & has_y)
     table = first.corpus.to_arrow()

@@ -4,6 +4,10 @@ The shards that are small or hold what is gone are a source (sources/stored.py) 
 any ingest are. A view's rows are copied to where their samples stand now: a vector is bound to its sample and its input, not
 to its place. One commit takes the old shards out and brings the new ones in, of the corpus and of all its views; spaces,
 indexes and training sets are older than that, and `braid run` makes them again.
+
+Shards in the order of the source are merged in the order of their keys, and their rows keep theirs. A shard that is an adopted
+tar is merged with none, however small it is: where it holds what is gone, its rows are written anew without it. The tar itself
+is its owner's, and is never touched.
 """
 
 import json
@@ -20,9 +24,10 @@ from featurestore.catalog import Catalog, Change, Entries, Entry, Snapshot
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus, read_rows
 from featurestore.identity import digest_of
 from featurestore.ids import IDS
+from featurestore.row_order import AS_STORED, BY_ID, BY_TAR, order_of
 from featurestore.storage import Storage
 from featurestore.tombstones import TOMBSTONES
-from featurestore.views import VIEW, View
+from featurestore.views import VIEW, View, whole
 from featurestore.views import schema as view_schema
 from pipelines import shard
 from pipelines.runner import InFlight, Job, Result, check_complete
@@ -34,21 +39,27 @@ SMALL = 0.5
 
 
 class Compaction(NamedTuple):
-    """What is to be compacted: the key of the new shards, the old ones, and how many samples and bytes of them stay."""
+    """What is to be compacted: the key of the new shards, the old ones, and how many samples and bytes of them stay.
+
+    `order` is that of the new shards.
+    """
 
     key: str
     shards: tuple[str, ...]
     samples: int
     bytes: int
     gone: int
+    order: str
 
 
 def plan(snapshot: Snapshot, corpus: dict[str, Any]) -> Compaction | None:
-    """The shards that are small or hold what is gone; None where there is nothing to gain."""
+    """The shards that are small or hold what is gone, of those that are no adopted tars; None where nothing is to gain."""
     opened = Corpus(snapshot, corpus["name"])
-    tars = {entry.shard: entry.bytes for entry in opened.tars}
+    tars = _tar_bytes(opened)
     small, holed = [], []
     for entry in opened.shards:
+        if _order(entry) == BY_TAR:
+            continue
         full = entry.rows / corpus["shard_rows"]
         if full < SMALL:
             full = max(full, (tars.get(entry.shard, 0) + _outside(opened, entry)) / (corpus["shard_mb"] << 20))
@@ -56,19 +67,38 @@ def plan(snapshot: Snapshot, corpus: dict[str, Any]) -> Compaction | None:
             holed.append(entry)
         elif full < SMALL:
             small.append(entry)
-    chosen = sorted([*holed, *small] if holed or len(small) > 1 else [], key=lambda entry: entry.shard)
+    chosen = [*holed, *small] if holed or len(small) > 1 else []
+    return _compaction(snapshot, opened, chosen, BY_ID if {*map(_order, chosen)} <= {BY_ID} else AS_STORED)
+
+
+def plan_of_tars(snapshot: Snapshot, corpus: dict[str, Any]) -> Compaction | None:
+    """The adopted tars that hold what is gone; None where none does."""
+    opened = Corpus(snapshot, corpus["name"])
+    holed = [entry for entry in opened.shards if _order(entry) == BY_TAR and entry.shard in opened.gone]
+    return _compaction(snapshot, opened, holed, BY_TAR)
+
+
+def _order(entry: Entry) -> str:
+    return order_of(entry.info()["settings"])
+
+
+def _tar_bytes(corpus: Corpus) -> dict[str, int]:
+    return {entry.shard: entry.bytes for entry in corpus.tars}
+
+
+def _compaction(snapshot: Snapshot, opened: Corpus, chosen: list[Entry], order: str) -> Compaction | None:
     if not chosen:
         return None
-    gone = sum(map(len, opened.gone.values()))
-    key = digest_of(
-        "compact", [(e.shard, e.sha256) for e in chosen], sorted(e.sha256 for e in _tombstones(snapshot, corpus))
-    )
+    chosen, tars = sorted(chosen, key=lambda entry: entry.shard), _tar_bytes(opened)
+    gone = sum(len(opened.gone.get(entry.shard, ())) for entry in chosen)
+    tombstones = sorted(entry.sha256 for entry in snapshot.entries(TOMBSTONES, opened.name))
     return Compaction(
-        key[:12],
+        digest_of("compact", [(entry.shard, entry.sha256) for entry in chosen], tombstones)[:12],
         tuple(entry.shard for entry in chosen),
         sum(entry.rows for entry in chosen) - gone,
         sum(tars.get(entry.shard, 0) + _outside(opened, entry) for entry in chosen),
         gone,
+        order,
     )
 
 
@@ -79,10 +109,6 @@ def _outside(corpus: Corpus, entry: Entry) -> int:
     fields = [read_rows(corpus.storage, entry)[name] for name in corpus.fields]
     sizes = (pc.if_else(pc.is_null(pc.struct_field(each, "uri")), 0, pc.struct_field(each, "size")) for each in fields)
     return sum(int(pc.sum(each).as_py() or 0) for each in sizes)
-
-
-def _tombstones(snapshot: Snapshot, corpus: dict[str, Any]) -> list[Entry]:
-    return list(snapshot.entries(TOMBSTONES, corpus["name"]))
 
 
 class Compactor:
@@ -99,7 +125,7 @@ class Compactor:
                 about = {key: about[key] for key in ("corpus", "field", "encoder")}
                 writer = ViewWriter(storage, name, entry.recipe, about)
                 quarantine = snapshot.entries(QUARANTINE, f"encode/{name}", entry.recipe)
-                self._views.append((View(snapshot, name), writer, quarantine))
+                self._views.append((whole(snapshot, [name])[name], writer, quarantine))
 
     def write(self, task: ShardTask) -> Result:
         """One shard and its part of every view; the Result has the entries of all."""
@@ -166,11 +192,27 @@ class _Publish(beam.DoFn):
         storage, name = Storage.from_json(self._storage), json.loads(self._corpus)["name"]
         catalog = Catalog(storage)
         results = sorted({each.shard: each for each in element[1]}.values())
-        yield catalog.commit(f"compact {name}", changes(catalog.snapshot(self._version), name, self._todo, results))
+        snapshot = catalog.snapshot(self._version)
+        left = [entry for each in snapshot.entries(TOMBSTONES, name) for entry in _left(storage, each, self._todo)]
+        yield catalog.commit(f"compact {name}", changes(snapshot, name, self._todo, results, tuple(left)))
 
 
-def changes(snapshot: Snapshot, name: str, todo: Compaction, results: list[Result]) -> list[Change]:
-    """The catalog changes of a compaction. Raises AlignmentError where a row was lost on the way."""
+def _left(storage: Storage, entry: Entry, todo: Compaction) -> Iterator[Entry]:
+    """What stays of a file of tombstones: those of shards that are not compacted."""
+    table = artefact.read_table(artefact.read_checked(storage, entry.path, entry.sha256))
+    left = table.filter(pc.invert(pc.is_in(table["shard"], pa.array(todo.shards, pa.string()))))
+    if len(left) == len(table):
+        yield entry
+    elif len(left):
+        footer = artefact.footer_of(table.schema) | {"rows": len(left)}
+        placed = artefact.place_table(storage, left, f"corpora/{entry.name}/{entry.shard}", footer)
+        yield entry._replace(path=placed.path, rows=len(left), bytes=placed.bytes, sha256=placed.sha256)
+
+
+def changes(
+    snapshot: Snapshot, name: str, todo: Compaction, results: list[Result], tombstones: tuple[Entry, ...] = ()
+) -> list[Change]:
+    """The catalog changes of a compaction after which `tombstones` are left. Raises AlignmentError where a row was lost."""
     entries = [Entry(*fields) for each in results for fields in json.loads(each.entries)]
     out = {*todo.shards, *(each.shard for each in results)}
     views = [view for view in snapshot.names(VIEW) if snapshot.entries(VIEW, view)[0].info()["corpus"] == name]
@@ -188,20 +230,23 @@ def changes(snapshot: Snapshot, name: str, todo: Compaction, results: list[Resul
     empty = {entry.shard for entry in snapshot.entries(IDS, name) if entry.shard.rpartition("-")[0] not in stems}
     ids = tuple(entry for entry in entries if entry.kind == IDS)
     made.append(Change(IDS, name, "", ids, frozenset(empty | {entry.shard for entry in ids})))
-    made.append(Change(TOMBSTONES, name, "", ()))
+    made.append(Change(TOMBSTONES, name, "", tombstones))
     return made
 
 
 def build(job: Job, storage: Storage, corpus: dict[str, Any], todo: Compaction, version: int) -> None:
     """Puts the compaction of one corpus into a pipeline: write the new shards and views, then one commit."""
     source = {"type": "stored", "store": storage.to_json(), "version": version, "shards": list(todo.shards)}
-    stored = corpus | {"source": source}
+    stored = corpus | {"source": source | {"order": todo.order}}
     ingest = shard.Ingest(todo.key, todo.samples, todo.bytes, 0, 0, 0)
     work = CompactWork(storage.to_json(), json.dumps(stored, sort_keys=True), version)
     in_flight = InFlight(f"compact {corpus['name']}", work, job.workers)
+    if todo.samples:
+        compacted = job.pipeline | "Compact" >> shard.Shard(storage, stored, ingest, -1, in_flight)
+        gathered = compacted | "Gather" >> beam.GroupByKey()
+    else:
+        gathered = job.pipeline | "Nothing left" >> beam.Create([(0, list[Result]())], reshuffle=False)
     (
-        job.pipeline
-        | "Compact" >> shard.Shard(storage, stored, ingest, -1, in_flight)
-        | "Gather" >> beam.GroupByKey()
+        gathered
         | "Publish" >> beam.ParDo(_Publish(storage.to_json(), json.dumps(corpus), todo, version)).with_output_types(int)
     )

@@ -6,7 +6,10 @@ one thread of its own, and two shards are in flight, so that reading and writing
 shard's end. Values outside the store are fetched ahead in threads of their own. An encoder that waits for a network says how
 many batches are encoded at once (`concurrency`), whatever the number of cores.
 
-Batches form from the data alone (by size of the raw value, then id; images by id), so the same shard gives the same bytes
+Where the catalog has a view's shard of the same ids that was made from earlier rows (`braid retry-quarantined` remakes shards),
+vectors of values that are the same now are copied, and only the others are encoded.
+
+Batches form from the data alone (by size of the raw value, then id; images by row), so the same shard gives the same bytes
 on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch; so does
 one outside the store that is `gone` or `changed` since it was sharded, and one whose vector is none: `nan_output`, or
 `zero_output` where the encoder says length 1.
@@ -15,7 +18,7 @@ one outside the store that is `gone` or `changed` since it was sharded, and one 
 import copy
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import IO, Any, NamedTuple
@@ -36,7 +39,8 @@ from pipelines.attempts import attempt
 from pipelines.decode_apart import DecodeApart
 from pipelines.quarantine import rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
-from pipelines.view_writer import Beside, ViewWriter, view_table
+from pipelines.view_writer import Beside, Earlier, ViewWriter, read_earlier, view_table
+from pipelines.workers import Work
 
 _FETCH_THREADS = 16
 _FETCH_AHEAD_BYTES = 64 << 20
@@ -63,7 +67,11 @@ def view_plan(name: str, corpus: str, field: str, encoder: str, options: dict[st
 
 @typed
 class EncodeTask(NamedTuple):
-    """A descriptor of one shard to encode: where its rows and its tar (empty where it has none) are."""
+    """A descriptor of one shard to encode: where its rows and its tar (empty where it has none) are.
+
+    `earlier_path` is the view's file of the same recipe, shard and ids that the catalog has, `rejected_path` that one's
+    quarantine; empty where there is none.
+    """
 
     shard: str
     rows_path: str
@@ -72,6 +80,10 @@ class EncodeTask(NamedTuple):
     ids_sha256: str
     tar_path: str
     tar_sha256: str
+    earlier_path: str = ""
+    earlier_sha256: str = ""
+    rejected_path: str = ""
+    rejected_sha256: str = ""
 
 
 def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[EncodeTask]:
@@ -84,30 +96,55 @@ def stale(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> list[E
         plan: the view.
         listing: key -> bytes of what lies in the view's folders, as `listed` gives it.
     """
+    have, rows = _have(snapshot, plan, listing), _rows_of(snapshot, plan)
+    return _tasks(snapshot, plan, have, rows.filter(_is_stale(have, rows)))
+
+
+def remakes(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int], shards: Collection[str]) -> list[EncodeTask]:
+    """As `stale`, of the shards that the view has: those made from earlier rows, and some more that are to be made again."""
+    have, rows = _have(snapshot, plan, listing), _rows_of(snapshot, plan)
+    again = pc.or_(_is_stale(have, rows), pc.is_in(rows["shard"], pa.array(shards, pa.string())))
+    return [task for task in _tasks(snapshot, plan, have, rows.filter(again)) if task.earlier_path]
+
+
+def _tasks(snapshot: Snapshot, plan: ViewPlan, have: pa.Table, todo: pa.Table) -> list[EncodeTask]:
     corpus = Corpus(snapshot, plan.corpus)
-    todo = _unmade(snapshot, plan, listing)
     tars = snapshot.table(MEDIA, plan.corpus, None, ("shard", "path", "sha256", "bytes"))
     tars = tars.take(pc.index_in(todo["shard"], tars["shard"]))
     for shard in todo["shard"].filter(pc.and_(pc.is_null(tars["shard"]), pc.not_equal(todo["input_sha256"], ""))):
         corpus.media(shard.as_py())
     sizes = pa.table({"bytes": pc.fill_null(tars["bytes"], 0), "rows": todo["rows"]})
     order = pc.sort_indices(sizes, [("bytes", "descending"), ("rows", "descending")])
+    earlier = have.take(pc.index_in(todo["shard"], have["shard"]))
+    copied = pc.fill_null(pc.equal(earlier["ids_sha256"], todo["ids_sha256"]), False)
+    rejected = snapshot.table(QUARANTINE, f"encode/{plan.name}", plan.recipe, ("shard", "path", "sha256"))
+    rejected = rejected.take(pc.index_in(todo["shard"], rejected["shard"]))
+    files = [tars[name] for name in ("path", "sha256")]
+    files += [pc.if_else(copied, each[name], "") for each in (earlier, rejected) for name in ("path", "sha256")]
     todo = todo.drop_columns(["input_sha256"])
-    paths = [pc.fill_null(tars[name], "") for name in ("path", "sha256")]
-    columns = [column.take(order) for column in (*todo.columns, *paths)]
+    columns = [column.take(order) for column in (*todo.columns, *(pc.fill_null(each, "") for each in files))]
     return [EncodeTask(*task) for task in zip(*(column.to_pylist() for column in columns), strict=True)]
 
 
-def _unmade(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> pa.Table:
-    """The corpus's shards of which the view has no file made from these bytes: by columns, as there may be a million."""
+def _rows_of(snapshot: Snapshot, plan: ViewPlan) -> pa.Table:
+    columns = ("shard", "path", "rows", "sha256", "ids_sha256", "input_sha256")
+    return snapshot.table(ROWS, plan.corpus, None, columns)
+
+
+def _have(snapshot: Snapshot, plan: ViewPlan, listing: dict[str, int]) -> pa.Table:
+    """The view's shards of which no file (its quarantine too) is lost: by columns, as there may be a million."""
     scopes = ((views.VIEW, plan.name, plan.recipe), (QUARANTINE, f"encode/{plan.name}", plan.recipe))
     gone = [lost(snapshot.table(*scope, ("shard", "path", "bytes")), listing)["shard"] for scope in scopes]
-    have = snapshot.table(*scopes[0], ("shard", "input_sha256"))
+    have = snapshot.table(*scopes[0], ("shard", "path", "sha256", "ids_sha256", "input_sha256"))
     for shards in gone:
         have = have.filter(pc.invert(pc.is_in(have["shard"], shards)))
-    rows = snapshot.table(ROWS, plan.corpus, None, ("shard", "path", "rows", "sha256", "ids_sha256", "input_sha256"))
+    return have
+
+
+def _is_stale(have: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
+    """Bool [shards of the corpus]: whether the view has no file made from these bytes."""
     made_from = have["input_sha256"].take(pc.index_in(rows["shard"], have["shard"]))
-    return rows.filter(pc.invert(pc.fill_null(pc.equal(made_from, rows["sha256"]), False)))
+    return pc.invert(pc.fill_null(pc.equal(made_from, rows["sha256"]), False))
 
 
 def folder(plan: ViewPlan) -> str:
@@ -200,18 +237,40 @@ class ShardEncoder:
         return None
 
     def make(self, task: EncodeTask) -> Result:
-        """Encodes a shard."""
+        """Encodes a shard: all its values, or those that are others than an earlier file was made from."""
+        try:
+            earlier = self.earlier(task) if task.earlier_path else None
+        except AlignmentError:
+            earlier = None  # damaged: nothing is copied from it
+        return self.make_from(task, earlier)
+
+    def earlier(self, task: EncodeTask) -> Earlier:
+        """The file that the task names as made from earlier rows; AlignmentError where it, or its quarantine, is damaged."""
+        rejected = (task.rejected_path, task.rejected_sha256) if task.rejected_path else None
+        return read_earlier(self.storage, (task.earlier_path, task.earlier_sha256), rejected)
+
+    def make_from(self, task: EncodeTask, earlier: Earlier | None) -> Result:
+        """Encodes what an earlier file does not hold. It stays in its place where it has these rows, and none is gained."""
         rows = self._rows(task)
         field = rows[self.plan.field].to_pylist()
         ids = rows["id"].to_pylist()
-        todo = [
-            Row(row, sample_id, m["offset"], m["size"], m["digest"], m["ext"], m["source"], m["uri"])
-            for row, (sample_id, m) in enumerate(zip(ids, field, strict=True))
-            if m["present"]
-        ]
         matrix = np.full((task.rows, self.encoder.dim), np.nan, np.float32)
         digests: list[bytes | None] = [None] * task.rows
         reasons: list[str | None] = [None if m["present"] else m["miss_reason"] for m in field]
+        kept: dict[int, dict[str, Any] | None] = {}
+        if earlier is not None:
+            kept = earlier.kept(ids, [m["digest"] for m in field])
+            for row in kept:
+                matrix[row], digests[row], reasons[row] = (
+                    earlier.matrix[row],
+                    earlier.digests[row],
+                    earlier.reasons[row],
+                )
+        todo = [
+            Row(row, sample_id, m["offset"], m["size"], m["digest"], m["ext"], m["source"], m["uri"])
+            for row, (sample_id, m) in enumerate(zip(ids, field, strict=True))
+            if m["present"] and row not in kept
+        ]
         rejected = []
         for value, vector, digest in self._values(task, todo):
             digests[value.row] = digest
@@ -220,7 +279,12 @@ class ShardEncoder:
                 rejected.append(rejection(value.id, self.plan.field, "encode", vector, value.source))
             else:
                 matrix[value.row] = vector
-        made = self._writer.write(_beside(task), view_table(ids, matrix, digests, reasons), rejected, len(todo))
+        if earlier and earlier.footer["input_sha256"] == task.sha256 and len(rejected) == len(todo):
+            made = self._writer.result(_beside(task), earlier.placed, earlier.footer)
+        else:
+            rejected = [*filter(None, kept.values()), *rejected]
+            tried = sum(m["present"] for m in field)
+            made = self._writer.write(_beside(task), view_table(ids, matrix, digests, reasons), rejected, tried)
         return made._replace(computed=len(todo))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
@@ -364,11 +428,16 @@ class Encode(beam.PTransform):
     """PCollection of (number, EncodeTask) -> PCollection of keyed Results."""
 
     def __init__(
-        self, storage: Storage, plan: ViewPlan, processes: int = 1, hints: Mapping[str, str] | None = None
+        self,
+        storage: Storage,
+        plan: ViewPlan,
+        processes: int = 1,
+        hints: Mapping[str, str] | None = None,
+        work: Work | None = None,
     ) -> None:
         super().__init__()
         self._hints = hints or {}
-        self._do_fn = InFlight(f"encode {plan.name}", EncodeWork(storage.to_json(), plan), processes)
+        self._do_fn = InFlight(f"encode {plan.name}", work or EncodeWork(storage.to_json(), plan), processes)
 
     def expand(self, tasks: beam.PCollection) -> beam.PCollection:
         """PCollection of (number, EncodeTask) -> PCollection of keyed Results."""

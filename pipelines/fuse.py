@@ -17,7 +17,7 @@ from featurestore.corpora import Corpus
 from featurestore.errors import InputError
 from featurestore.fusion_table import fusion_table
 from featurestore.storage import Storage
-from featurestore.views import View
+from featurestore.views import whole
 from pipelines.publish import build_entry, card_bytes
 from pipelines.runner import Result, result
 
@@ -38,7 +38,7 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
     """
     snapshot, chosen = Catalog(storage).snapshot(version), build.settings
     corpus = Corpus(snapshot, chosen["corpus"])
-    views = {name: View(snapshot, name) for name in chosen["views"]}
+    views = whole(snapshot, chosen["views"])
     samples = corpus.to_arrow()
     labelled = _labelled(samples, chosen["label"], corpus)
     samples = samples.filter(labelled)

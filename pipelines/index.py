@@ -14,7 +14,7 @@ from featurestore.catalog import Catalog
 from featurestore.identity import DIGEST_BYTES, hash64, row_digest
 from featurestore.search import read_space
 from featurestore.storage import Storage
-from featurestore.views import View
+from featurestore.views import View, whole
 from pipelines.publish import build_entry, card_bytes
 from pipelines.runner import Result, result
 
@@ -43,8 +43,7 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
     snapshot = Catalog(storage).snapshot(version)
     space = read_space(snapshot, build.settings["space"])
     tables, parts = [], []
-    for name in build.settings["views"]:
-        view = View(snapshot, name)
+    for name, view in whole(snapshot, build.settings["views"]).items():
         matrix, present = view.matrix()
         parts.append(space.projections[name].apply(matrix[present]))
         tables.append(_rows(view, present, parts[-1]))
@@ -77,7 +76,7 @@ def _rows(view: View, present: np.ndarray, vectors: np.ndarray) -> pa.Table:
     """The rows of a view whose value is present, beside their vectors."""
     places = [
         (shard.shard, row, sample_id)
-        for shard in view.corpus.shards
+        for shard in view.shards
         for ids in [view.corpus.ids(shard.shard)]
         for row, sample_id in ((row, ids[row]) for row in view.corpus.live_rows(shard.shard).tolist())
     ]

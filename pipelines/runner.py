@@ -181,13 +181,22 @@ class Commit(beam.PTransform):
     BudgetExceeded; what the workers wrote stays, and a run with a larger budget goes on from it. Whatever the runner did with
     the Results on their way, it publishes each shard once and all of them or none: `rows` is how many rows of the first scope
     the job was planned for (None: a build, which is one Result). Metric of every stage: counter `published`, catalog rows.
+
+    A job that remakes shards names the version that it has them from as `remakes`: where another job took one of them out or
+    remade it since, nothing is published.
     """
 
     def __init__(
-        self, storage: Storage, job: str, scopes: Sequence[Scope], budget: float = 0.0, rows: int | None = None
+        self,
+        storage: Storage,
+        job: str,
+        scopes: Sequence[Scope],
+        budget: float = 0.0,
+        rows: int | None = None,
+        remakes: int | None = None,
     ) -> None:
         super().__init__()
-        self._do_fn = _CommitFn(storage.to_json(), job, [tuple(scope) for scope in scopes], budget, rows)
+        self._do_fn = _CommitFn(storage.to_json(), job, [tuple(scope) for scope in scopes], budget, rows, remakes)
 
     def expand(self, results: beam.PCollection) -> beam.PCollection:
         """PCollection of keyed Results -> PCollection of the version committed."""
@@ -195,8 +204,11 @@ class Commit(beam.PTransform):
 
 
 class _CommitFn(beam.DoFn):
-    def __init__(self, storage: str, job: str, scopes: list[Any], budget: float, rows: int | None) -> None:
-        self._storage, self._job, self._scopes, self._budget, self._rows = storage, job, scopes, budget, rows
+    def __init__(
+        self, storage: str, job: str, scopes: list[Any], budget: float, rows: int | None, remakes: int | None
+    ) -> None:
+        self._storage, self._job, self._scopes, self._budget = storage, job, scopes, budget
+        self._rows, self._remakes = rows, remakes
         self._published = Metrics.counter(job.partition(" ")[0], "published")
 
     def process(self, element: tuple[int, Iterable[Result]]) -> Iterable[int]:
@@ -207,7 +219,10 @@ class _CommitFn(beam.DoFn):
         check_budget(self._job, results, self._budget, before(catalog.snapshot(), scopes, results))
         made = changes(results, scopes, whole=self._rows is None)
         check_complete(self._job, made[0], self._rows)
-        version = catalog.commit(self._job, made)
+        old = None if self._remakes is None else catalog.snapshot(self._remakes)
+        version = catalog.commit(
+            self._job, made, lambda now: check_remakes(self._job, made[0], old, now) if old else None
+        )
         self._published.inc(sum(len(change.entries) for change in made))
         log.event(
             self._job,
@@ -228,6 +243,18 @@ def check_complete(job: str, change: Change, rows: int | None) -> None:
             f"{job}: {found} rows in {len(change.entries)} shards reached the commit, {rows} were planned: the source changed "
             "meanwhile, or the runner lost results; nothing was published; run it again (what is done is kept)"
         )
+
+
+def check_remakes(job: str, change: Change, old: Snapshot, now: Snapshot) -> None:
+    """Raises AlignmentError where a shard that is made again is not the one any more that it was made from."""
+    scope = change[:3]
+    was, there = old.entries(*scope), now.entries(*scope)
+    for entry in change.entries:
+        if there.find(entry.shard) not in (was.find(entry.shard), entry):
+            raise AlignmentError(
+                f"{job}: another job took shard {entry.shard} of {change.name!r} out of the store, or made it again, since "
+                f"version {old.version}; nothing was published; run it again"
+            )
 
 
 def before(snapshot: Snapshot, scopes: Iterable[Scope], results: Iterable[Result]) -> tuple[int, int]:
@@ -254,8 +281,9 @@ def check_budget(job: str, results: Iterable[Result], budget: float, published: 
         example = next((each.example for each in results if each.rejected), "see quarantine/")
         raise BudgetExceeded(
             f"{job}: {rejected} of {tried} values were rejected ({rejected / tried:.2%}), more than the failure budget of "
-            f"{budget:.2%}; e.g. {example}. Nothing was published and nothing is lost: mend the values, or raise "
-            f"corpus.failure_budget in the spec above {rejected / tried:.2%}, and run it again (what is done is kept)"
+            f"{budget:.2%}; e.g. {example}; `braid quarantine SPEC` lists all of them. Nothing was published and nothing is "
+            f"lost: mend the values, or raise corpus.failure_budget in the spec above {rejected / tried:.2%}, and run it again "
+            "(what is done is kept)"
         )
 
 
@@ -267,7 +295,9 @@ def changes(results: Iterable[Result], scopes: Iterable[Scope], whole: bool) -> 
     made = []
     for scope in scopes:
         own = tuple(entry for entry in entries if entry.key[:3] == tuple(scope))
-        made.append(Change(scope.kind, scope.name, scope.recipe, own, covers))
+        # An id index is called after the first shard of its range, which may be none of the results.
+        covered = None if covers is None else covers | {entry.shard for entry in own}
+        made.append(Change(scope.kind, scope.name, scope.recipe, own, covered))
     return made
 
 

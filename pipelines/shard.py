@@ -1,30 +1,31 @@
 """Stage 1: cut a corpus into immutable shards.
 
-References (about 200 bytes a sample) are grouped by a coarse range of hash(group): the job's one shuffle of samples, which
-some references of a range cross together. Each range is sorted by (hash(group), group, id) and cut when rows or bytes would
-overflow; rows inside a shard stand in the order of their ids. The cuts are written to the store as a plan, one row group per
-shard, and only descriptors of them travel on.
+References (about 200 bytes a sample) are grouped by coarse ranges of about 32 shards: the job's one shuffle of samples, which
+some references of a range cross together. A range is a slice of hash(group), cut into shards whose rows stand in the order of
+their ids; or, where the source is dear to read here and there (Parquet, tars), a stretch of the source, cut into shards of
+consecutive samples whose rows stand as they do there: a worker then reads one stretch of it, and not all of it for each shard
+(cuts.py). The cuts are written to the store as a plan, one row group per shard, and only descriptors of them travel on.
 A worker then fetches a shard's values, checks them, and writes its tar first and its rows second: the second means done.
 
 A sample that changed is a tombstone for the old row and a row in the new ingest; one that is gone is a tombstone. What was
 stored before is never touched. An ingest whose samples only were touched does nothing.
 
 Shard keys come from the sets of new, changed and gone samples alone, so any runner and any number of workers write the same
-bytes.
+bytes; in the order of ids the source's own order makes no difference either.
 """
 
 import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from featurestore import artefact, ids
+from featurestore import artefact, ids, media
 from featurestore.catalog import Catalog, Entry, Snapshot
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.encoders.runtime import keep_freed_memory
@@ -34,12 +35,13 @@ from featurestore.ids import IDS, Ids, hashes
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from featurestore.tombstones import CHANGED, GONE, SCHEMA, TOMBSTONES
+from pipelines.cuts import SHARDS_PER_RANGE, Cut
+from pipelines.measure import Measure, MeasureWork, measuring
 from pipelines.reference_blocks import packed, unpacked
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
-from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
+from pipelines.shard_writer import ShardTask, ShardWriter, fetched, reference_to, write_plan
 from pipelines.sources import Missing, Sample, SampleRef, Source, Value, open_source
 
-SHARDS_PER_RANGE = 32
 _BATCH = 65_536
 """References whose ids are looked up at once."""
 _AGAIN_BYTES = 512 << 20
@@ -65,7 +67,7 @@ class Ingest(NamedTuple):
     remarks: tuple[str, ...] = ()
 
     def ranges(self, corpus: dict[str, Any]) -> int:
-        """Number of ranges of hash(group): about 32 shards' worth each."""
+        """Number of ranges, where they are slices of hash(group): about 32 shards' worth each."""
         by_rows = self.samples / corpus["shard_rows"]
         by_bytes = self.bytes / (corpus["shard_mb"] << 20)
         return max(1, -(-int(max(by_rows, by_bytes)) // SHARDS_PER_RANGE))
@@ -126,7 +128,8 @@ class Known:
                 if self._rows(shard)["id"][row].as_py() == reference.id:
                     self._seen[place] = True
                     sample = next(each for each in again if each.id == reference.id)
-                    if self._same(self._rows(shard).slice(row, 1), sample):
+                    assert self._corpus is not None
+                    if same(self._corpus, self._rows(shard).slice(row, 1), sample):
                         return SAME
                     self._changed.append(place)
                     return CHANGED
@@ -137,24 +140,43 @@ class Known:
         assert self._corpus is not None
         return self._corpus.read(shard)
 
-    def _same(self, rows: pa.Table, sample: Sample) -> bool:
-        """Whether a stored sample has the columns and the values that the source gives now."""
-        assert self._corpus is not None
-        times = [name for name in TIMESTAMPS if name in rows.column_names]
-        stored = rows.drop_columns(times).to_pylist()[0]
-        columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
-        kept = {
-            name
-            for name in stored
-            if name not in {"id", "group", "etag", *self._corpus.fields} and stored[name] is not None
-        }
-        return (
-            stored["group"] == sample.group
-            and all(rows[name].cast(pa.int64())[0].as_py() == sample.columns.get(name) for name in times)
-            and kept == columns.keys()
-            and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
-            and all(_same_value(stored[name], value) for name, value in sample.values.items())
-        )
+
+def same(corpus: Corpus, row: pa.Table, sample: Sample, but: Collection[str] = ()) -> bool:
+    """Whether a stored sample has the group, the columns and the values (`but` those of some fields) that the source gives now.
+
+    Args:
+        corpus: as it is stored.
+        row: the sample's row of its shard.
+        sample: the same id, as the source gives it.
+        but: fields whose values may be others.
+    """
+    times = [name for name in TIMESTAMPS if name in row.column_names]
+    stored = row.drop_columns(times).to_pylist()[0]
+    columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
+    own = {"id", "group", "etag", *corpus.fields}
+    values = ((name, value) for name, value in sample.values.items() if name not in but)
+    return (
+        stored["group"] == sample.group
+        and all(row[name].cast(pa.int64())[0].as_py() == sample.columns.get(name) for name in times)
+        and {name for name in stored if name not in own and stored[name] is not None} == columns.keys()
+        and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
+        and all(_same_value(corpus, stored[name], name, value) for name, value in values)
+    )
+
+
+def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value | Missing | None) -> bool:
+    if value is None or isinstance(value, Missing):
+        return bool(member["miss_reason"] == (value.reason if value else "absent"))
+    try:
+        # Of what was rejected there is no digest: it is the same where it is rejected for the same reason.
+        decode = media.check if member["miss_reason"] in media.REASONS else None
+        if member["digest"] != input_digest(fetched(value, corpus.fields[field], decode)):
+            return False
+    except DecodeError as error:
+        # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
+        return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
+    # What is referred to must be found where it stands now, too.
+    return member["uri"] is None or reference_to(corpus.storage, value) == (member["uri"], member["offset"])
 
 
 def _samples(source: Source, references: list[SampleRef]) -> Iterator[Sample]:
@@ -178,24 +200,14 @@ def scan(source: Source, known: Known) -> Ingest:
             digest.add(reference.id, reference.etag + before)
             size += reference.bytes
     unique = np.sort(np.frombuffer(seen, np.uint64))
-    if len(twice := unique[1:][unique[1:] == unique[:-1]]):
-        _name_duplicate(source, set(twice.tolist()))
+    if len(repeated := unique[1:][unique[1:] == unique[:-1]]):
+        _name_duplicate(source, set(repeated.tolist()))
     samples, gone = digest.count, 0
     for shard, row, sample_id, why in zip(*known.tombstones().to_pydict().values(), strict=True):
         if why == GONE:
             digest.add(sample_id, f"gone from {shard}, row {row}")
             gone += 1
     return Ingest(digest.key(), samples, size, counts[SAME], counts[CHANGED], gone)
-
-
-def _same_value(member: dict[str, Any], value: Value | Missing | None) -> bool:
-    if value is None or isinstance(value, Missing):
-        return bool(member["miss_reason"] == (value.reason if value else "absent"))
-    try:
-        return bool(member["digest"] == input_digest(value.fetch()))
-    except DecodeError as error:
-        # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
-        return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
 
 
 def _name_duplicate(source: Source, suspects: set[int]) -> None:
@@ -205,31 +217,19 @@ def _name_duplicate(source: Source, suspects: set[int]) -> None:
             continue
         first = places.setdefault(reference.id, reference)
         if first is not reference:
-            raise InputError(
-                f"id {reference.id!r} stands twice: {source.place(first)} and {source.place(reference)}; ids must be "
-                "unique in a corpus, so rename or remove one"
-            )
+            raise twice(source, first, reference)
 
 
-def cut(references: Iterable[SampleRef], max_rows: int, max_bytes: int) -> list[list[SampleRef]]:
-    """Cuts one range into shards: sorted by (hash(group), group, id), full before the next begins, also inside a group.
-
-    Each shard's references are in the order of their ids.
-    """
-    shards: list[list[SampleRef]] = []
-    rows, size = max_rows, 0
-    for reference in sorted(references, key=lambda ref: (hash64(ref.group), ref.group, ref.id)):
-        if rows >= max_rows or size + reference.bytes > max_bytes:
-            shards.append([])
-            rows, size = 0, 0
-        shards[-1].append(reference)
-        rows, size = rows + 1, size + reference.bytes
-    return [sorted(shard, key=lambda ref: ref.id) for shard in shards]
+def twice(source: Source, first: SampleRef, other: SampleRef) -> InputError:
+    """What is raised where two samples have one id."""
+    return InputError(
+        f"id {other.id!r} stands twice: {source.place(first)} and {source.place(other)}; ids must be unique in a corpus, so "
+        "rename or remove one"
+    )
 
 
-def range_of(group: str, ranges: int) -> int:
-    """The range that a group falls into: equal slices of the 64-bit hashes."""
-    return hash64(group) * ranges >> 64
+def _cut(source: Source, corpus: dict[str, Any]) -> Cut:
+    return Cut(source.order, corpus["shard_rows"], corpus["shard_mb"] << 20)
 
 
 class _ReadNew(beam.DoFn):
@@ -243,11 +243,9 @@ class _ReadNew(beam.DoFn):
         catalog = Catalog(Storage.from_json(self._storage))
         stored = catalog.snapshot(self._version) if self._version >= 0 else Snapshot(catalog.storage, [], -1)
         known = Known(stored, corpus["name"])
-        yield from packed(
-            (range_of(reference.group, self._ranges), reference)
-            for reference, state, _before in known.compare(open_source(corpus))
-            if state != SAME
-        )
+        source = open_source(corpus)
+        new = (reference for reference, state, _before in known.compare(source) if state != SAME)
+        yield from packed(_cut(source, corpus).ranges(new, self._ranges))
 
 
 class _Bury(beam.DoFn):
@@ -287,7 +285,7 @@ class _PlanRange(beam.DoFn):
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, ShardTask]]:
         number, blocks = element
         storage, corpus = Storage.from_json(self._storage), json.loads(self._corpus)
-        shards = cut(unpacked(blocks), corpus["shard_rows"], corpus["shard_mb"] << 20)
+        shards = _cut(open_source(corpus), corpus).shards(unpacked(blocks))
         folder, stem = f"corpora/{corpus['name']}", f"{self._ingest}-{number:05d}"
         with storage.scratch() as scratch:
             local = scratch / "plan.parquet"
@@ -329,25 +327,41 @@ class Shard(beam.PTransform):
         ingest: what is to be written.
         version: of the store that the source is compared with; -1 is an empty one, to which all is new.
         in_flight: does the work on a ShardTask.
+        measure: what comes before it, of a source that measures something for its samples.
     """
 
     def __init__(
-        self, storage: Storage, corpus: dict[str, Any], ingest: Ingest, version: int, in_flight: InFlight
+        self,
+        storage: Storage,
+        corpus: dict[str, Any],
+        ingest: Ingest,
+        version: int,
+        in_flight: InFlight,
+        measure: Measure | None = None,
     ) -> None:
         super().__init__()
+        self._measure = measure
         self._args, self._do_fn = (storage.to_json(), json.dumps(corpus, sort_keys=True)), in_flight
         self._ingest, self._ranges, self._version = ingest, ingest.ranges(corpus), version
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection:
         """Pipeline -> PCollection of keyed Results."""
-        written = (
+        references = (
             begin
             | "Start" >> beam.Create([0])
             | "ReadReferences"
             >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, bytes])
+        )
+        tasks = (
+            references
             | "GroupByRange" >> beam.GroupByKey()
             | "PlanShards"
             >> beam.ParDo(_PlanRange(*self._args, self._ingest.key)).with_output_types(tuple[int, ShardTask])
+        )
+        if self._measure is not None:
+            tasks = (tasks, references | "MeasureOnce" >> self._measure) | "Measured" >> beam.Flatten()
+        written = (
+            tasks
             | "Spread" >> beam.GroupByKey()
             | "WriteShards" >> beam.ParDo(self._do_fn).with_output_types(tuple[int, Result])
         )
@@ -363,10 +377,14 @@ def build(job: Job, storage: Storage, corpus: dict[str, Any], ingest: Ingest, ve
     name = corpus["name"]
     scopes = [Scope(kind, name, "") for kind in (ROWS, MEDIA, IDS, TOMBSTONES)]
     scopes.append(Scope(QUARANTINE, f"shard/{name}", ""))
-    work = ShardWork(storage.to_json(), json.dumps(corpus, sort_keys=True))
-    in_flight = InFlight(f"shard {name}", work, job.workers)
+    # Where a source that measures something keeps it.
+    corpus = {**corpus, "source": {**corpus["source"], "store": storage.to_json()}}
+    told = json.dumps(corpus, sort_keys=True)
+    in_flight, measure = InFlight(f"shard {name}", ShardWork(storage.to_json(), told), job.workers), None
+    if measuring(corpus) is not None:
+        measure = Measure(told, InFlight(f"measure {name}", MeasureWork(told), job.workers))
     (
         job.pipeline
-        | "Shard" >> Shard(storage, corpus, ingest, version, in_flight)
+        | "Shard" >> Shard(storage, corpus, ingest, version, in_flight, measure)
         | "Commit" >> Commit(storage, f"shard {name}", scopes, corpus["failure_budget"], ingest.samples)
     )

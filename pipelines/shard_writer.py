@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from featurestore.corpora import MEDIA, MEMBER, MISSES, QUARANTINE, ROWS, member
 from featurestore.errors import DecodeError
 from featurestore.identity import ids_sha256, input_digest
 from featurestore.references import from_root, relative
+from featurestore.row_order import BY_ID
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from pipelines.attempts import attempt
@@ -77,8 +78,8 @@ _PLAN = pa.schema(
 def write_plan(local: Path, shards: list[list[SampleRef]]) -> None:
     with pq.ParquetWriter(local, _PLAN, compression="zstd") as writer:
         for shard in shards:
-            columns = [list(column) for column in zip(*shard, strict=True)]
-            writer.write_table(pa.table(columns, schema=_PLAN), row_group_size=len(shard))
+            columns = [list(column) for column in zip(*shard, strict=True)] or [[]] * len(_PLAN)
+            writer.write_table(pa.table(columns, schema=_PLAN), row_group_size=max(1, len(shard)))
 
 
 def read_plan(storage: Storage, task: ShardTask) -> list[SampleRef]:
@@ -109,14 +110,14 @@ class ShardWriter:
         done = self._adopt(task, ids)
         if done is not None:
             self.storage.delete(receipt)
-            return _with(done, task.entries)
+            return with_entries(done, task.entries)
         with attempt(self.storage, receipt) as again:
             if not again:
-                return _with(self._make(task, references, ids), task.entries)
+                return with_entries(self._make(task, references, ids), task.entries)
             with DecodeApart() as apart:
                 careful = copy.copy(self)
                 careful._apart = apart
-                return _with(careful._make(task, references, ids), task.entries)
+                return with_entries(careful._make(task, references, ids), task.entries)
 
     def _adopt(self, task: ShardTask, ids: str) -> Result | None:
         """The Result of a shard that an earlier run finished: its rows are there, and so is the tar they name."""
@@ -131,7 +132,8 @@ class ShardWriter:
                 continue
             made = [artefact.Placed(*each) for each in (footer["media"], *footer["quarantine"]) if each]
             if all(artefact.holds(self.storage, each) for each in made):
-                return self._result(task.key, artefact.Placed(path, len(content), sha256), footer)
+                placed = artefact.Placed(path, len(content), sha256)
+                return self._result(task.key, placed, footer, self._lineage(footer))
         return None
 
     def _settings(self) -> dict[str, Any]:
@@ -139,6 +141,8 @@ class ShardWriter:
         if self._media == "reference":
             # References of another root lead nowhere; as it lies from the source, so that both may move.
             settings["root"] = [from_root(self.storage, path) for path in self.corpus["source"].get("path", [])[:1]]
+        if self._source.order != BY_ID:
+            settings["order"] = self._source.order
         return settings
 
     @property
@@ -149,7 +153,7 @@ class ShardWriter:
         stem = f"{self._folder}/{task.key}"
         with self.storage.scratch() as folder:
             local = folder / "shard.tar"
-            with _TarWriter(local) as tar:
+            with TarWriter(local) as tar:
                 samples, members, rejected = self._write_members(references, tar)
             empty = self._media == "reference" and tar.members == 0
             media = None if empty else artefact.place(self.storage, local, stem, tar.sha256)
@@ -171,21 +175,21 @@ class ShardWriter:
             "example": f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else "",
             "events": _events(table),
         }
-        made = self._result(task.key, artefact.place_table(self.storage, table, stem, footer), footer)
+        placed = artefact.place_table(self.storage, table, stem, footer)
+        made = self._result(task.key, placed, footer, self._lineage(footer))
         return made._replace(computed=made.tried)
 
-    def _result(self, key: str, rows: artefact.Placed, footer: dict[str, Any]) -> Result:
+    def _lineage(self, footer: dict[str, Any]) -> str:
+        about = {
+            "fields": {field: each["modality"] for field, each in self.corpus["fields"].items()},
+            "source": self.corpus["source"]["type"],
+            "settings": footer["settings"],
+            "tried": footer["tried"],
+        }
+        return json.dumps(about, sort_keys=True)
+
+    def _result(self, key: str, rows: artefact.Placed, footer: dict[str, Any], about: str) -> Result:
         name, media = self.corpus["name"], artefact.Placed(*footer["media"] or ("", 0, ""))
-        fields = {field: each["modality"] for field, each in self.corpus["fields"].items()}
-        about = json.dumps(
-            {
-                "fields": fields,
-                "source": self.corpus["source"]["type"],
-                "settings": footer["settings"],
-                "tried": footer["tried"],
-            },
-            sort_keys=True,
-        )
         count, ids, events = footer["rows"], footer["ids_sha256"], footer["events"]
         first, last = events
         entries = [
@@ -207,7 +211,7 @@ class ShardWriter:
         return result(key, entries, footer["tried"], footer["rejected"], footer["example"])
 
     def _write_members(
-        self, references: list[SampleRef], tar: "_TarWriter"
+        self, references: list[SampleRef], tar: "TarWriter"
     ) -> tuple[list[Sample], list[dict[str, dict[str, Any]]], list[dict[str, Any]]]:
         samples, members, rejected = [], [], []
         for sample, values in self._fetch(references):
@@ -226,28 +230,19 @@ class ShardWriter:
         field: str,
         value: Value | Missing | None,
         fetched: Fetch,
-        tar: "_TarWriter",
+        tar: "TarWriter",
     ) -> dict[str, Any]:
         source = None if value is None or isinstance(value, Missing) else value.source
         if isinstance(fetched, DecodeError | Missing):
             return {"present": False, "miss_reason": fetched.reason, "source": source}
         raw, digest = fetched
         ext = _extension(self.corpus["fields"][field]["modality"], raw)
-        uri, offset = self._address(value)
+        uri, offset = reference_to(self.storage, value) if self._media == "reference" else (None, 0)
         if uri is None:
             offset = tar.add(member_header(sample_id, field, ext, len(raw)), raw)
         return {
             "present": True, "offset": offset, "size": len(raw), "digest": digest, "ext": ext, "source": source, "uri": uri,
         }  # fmt: skip
-
-    def _address(self, value: Value | Missing | None) -> tuple[str | None, int]:
-        """Where a value is referred to, relative to the root, and its offset there; None where it goes into the tar.
-
-        Besides all of `media: copy` these are values in no file of their own (a manifest's texts, a Parquet file's cells), and
-        files whose name is no text.
-        """
-        address = value.address if self._media == "reference" and isinstance(value, Referable) else None
-        return (None, 0) if address is None else (relative(self.storage, address[0]), address[1])
 
     def _fetch(
         self, references: list[SampleRef]
@@ -273,23 +268,40 @@ class ShardWriter:
         """The value, or why it is rejected already here: what needs no decoder, and what no view would ever decode."""
         if value is None or isinstance(value, Missing):
             return value or Missing("absent")
+        decode = self._apart or media.check if field in self.corpus.get("unviewed", ()) else None
         try:
-            raw = value.fetch()
-            if not raw:
-                raise DecodeError("empty", f"{value.source}: 0 bytes")
-            modality = self.corpus["fields"][field]["modality"]
-            if modality == "text":
-                raw.decode()
-            if field in self.corpus.get("unviewed", ()):
-                (self._apart or media.check)(modality, raw)
-        except UnicodeDecodeError as error:
-            return DecodeError("invalid_utf8", f"{value.source}: {error}")
+            raw = fetched(value, self.corpus["fields"][field]["modality"], decode)
         except DecodeError as error:
             return error
         return Fetched(raw, input_digest(raw))
 
 
-def _with(made: Result, entries: str) -> Result:
+def fetched(value: Value, modality: str, decode: Callable[[str, bytes], Any] | None) -> bytes:
+    """A value's bytes; DecodeError as the shard stage rejects it: `decode` is given what no view would ever decode."""
+    raw = value.fetch()
+    if not raw:
+        raise DecodeError("empty", f"{value.source}: 0 bytes")
+    if modality == "text":
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            raise DecodeError("invalid_utf8", f"{value.source}: {error}") from None
+    if decode is not None:
+        decode(modality, raw)
+    return raw
+
+
+def reference_to(storage: Storage, value: Value | Missing | None) -> tuple[str | None, int]:
+    """Where a value is referred to, relative to the root, and its offset there; None where it goes into the tar.
+
+    Those are values in no file of their own (a manifest's texts, a Parquet file's cells), and files whose name is no text.
+    """
+    address = value.address if isinstance(value, Referable) else None
+    return (None, 0) if address is None else (relative(storage, address[0]), address[1])
+
+
+def with_entries(made: Result, entries: str) -> Result:
+    """A Result that brings more entries (a JSON list) into the catalog."""
     return made._replace(entries=json.dumps([*json.loads(made.entries), *json.loads(entries)]))
 
 
@@ -335,7 +347,7 @@ def _events(table: pa.Table) -> tuple[int | None, int | None]:
     return (min(times), max(times)) if times else (None, None)
 
 
-class _TarWriter:
+class TarWriter:
     """Writes a tar whose bytes depend on its members alone, and hashes it on the way.
 
     A large piece is hashed in a thread of its own while it is written, one piece at a time: no more of the tar is in memory.
@@ -345,7 +357,7 @@ class _TarWriter:
         self._path, self._digest, self._size, self._begun, self.members = path, hashlib.sha256(), 0, 0, 0
         self.sha256 = ""
 
-    def __enter__(self) -> "_TarWriter":
+    def __enter__(self) -> "TarWriter":
         self._file = self._path.open("wb")
         self._hasher = ThreadPoolExecutor(1)
         return self

@@ -1,6 +1,7 @@
 """Writing one shard of a view: its quarantine, then its file, whose footer says what it was made from."""
 
 import json
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 from featurestore import artefact, vectors, views
 from featurestore.catalog import Entry
 from featurestore.corpora import QUARANTINE
+from featurestore.errors import AlignmentError
 from featurestore.identity import DIGEST_BYTES, row_digest
 from featurestore.storage import Storage
 from pipelines.quarantine import place_rejected
@@ -93,6 +95,60 @@ class ViewWriter:
                 )
             )
         return result(beside.shard, entries, footer["tried"], rejected, footer["example"])
+
+
+class Earlier(NamedTuple):
+    """A view's shard as it was made before by the same recipe, for the same ids: what of its values is the same is not encoded.
+
+    Args:
+        placed: its file.
+        footer: what that says of itself.
+        matrix: float32 [rows, dim].
+        digests, row_digests, reasons: its other columns.
+        rejected: id -> its row of the quarantine.
+    """
+
+    placed: artefact.Placed
+    footer: dict[str, Any]
+    matrix: np.ndarray
+    digests: list[bytes | None]
+    row_digests: list[bytes]
+    reasons: list[str | None]
+    rejected: dict[str, dict[str, Any]]
+
+    def without(self, rows: Collection[int]) -> "Earlier":
+        """The same, as if it had been made without the values of some rows."""
+        return self._replace(digests=[None if row in rows else digest for row, digest in enumerate(self.digests)])
+
+    def kept(self, ids: list[str], digests: list[bytes | None]) -> dict[int, dict[str, Any] | None]:
+        """Row -> why it was rejected, or None where it has a vector: the rows made from the values that these digests are of.
+
+        Raises:
+            AlignmentError: a vector is not bound to its sample and its input; it would be by being copied.
+        """
+        found: dict[int, dict[str, Any] | None] = {}
+        for row, (sample_id, digest) in enumerate(zip(ids, digests, strict=True)):
+            if digest is None or digest != self.digests[row]:
+                continue
+            if self.row_digests[row] != row_digest(sample_id, digest, self.matrix[row].tobytes()):
+                raise AlignmentError(
+                    f"{self.placed.path}: row {row}, id {sample_id!r}: its row_digest does not bind this vector to it: "
+                    "run `braid verify`"
+                )
+            if self.reasons[row] is None or sample_id in self.rejected:
+                found[row] = self.rejected.get(sample_id)
+        return found
+
+
+def read_earlier(storage: Storage, view: tuple[str, str], quarantine: tuple[str, str] | None) -> Earlier:
+    """A view's shard and its quarantine, by (key, sha256); AlignmentError where either is gone or damaged."""
+    content = artefact.read_checked(storage, *view)
+    with artefact.parsing(view[0]):
+        table, footer = artefact.read_table(content), artefact.read_footer(content)
+    rejected = artefact.read_table(artefact.read_checked(storage, *quarantine)).to_pylist() if quarantine else []
+    placed, matrix = artefact.Placed(view[0], len(content), view[1]), vectors.matrix(table["embedding"])
+    digests, row_digests, reasons = (table[name].to_pylist() for name in ("input_digest", "row_digest", "miss_reason"))
+    return Earlier(placed, footer, matrix, digests, row_digests, reasons, {row["id"]: row for row in rejected})
 
 
 def view_table(ids: list[str], matrix: np.ndarray, digests: list[bytes | None], reasons: list[str | None]) -> pa.Table:

@@ -204,6 +204,31 @@ def _ast(folder: Path) -> None:
         _processor(folder, "ASTFeatureExtractor", max_length=200)
 
 
+def _videomae(folder: Path) -> None:
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    sizes = {"image_size": SIDE, "patch_size": 8, "num_frames": 4}
+    drawn(VideoMAEModel(VideoMAEConfig(**TINY, **sizes)), gain=1.5).save_pretrained(folder)
+    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    _processor(folder, "VideoMAEImageProcessorPil", **size)
+
+
+def _xclip(folder: Path) -> None:
+    from transformers import XCLIPConfig, XCLIPModel
+
+    text = {**TINY, "vocab_size": 64, "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0}
+    frames = {"mit_hidden_size": 24, "mit_intermediate_size": 48, "mit_num_attention_heads": 4}
+    config = XCLIPConfig(
+        text_config=text,
+        vision_config={**TINY, **frames, "image_size": SIDE, "patch_size": 8},
+        projection_dim=24,
+        prompt_num_attention_heads=4,
+    )
+    drawn(XCLIPModel(config)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    _processor(folder, "VideoMAEImageProcessorPil", **size)
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "ast": _ast,
     "bert": _bert,
@@ -214,9 +239,11 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "hubert": _hubert,
     "resnet": _resnet,
     "siglip": _siglip,
+    "videomae": _videomae,
     "vit": _vit,
     "wav2vec2": _wav2vec2,
     "whisper": _whisper,
+    "xclip": _xclip,
 }
 """Kind -> what writes its checkpoint into a folder."""
 

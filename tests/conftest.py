@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 
 from featurestore.store import FeatureStore
@@ -14,6 +15,10 @@ from tests.planted import SHARD_ROWS, planted_spec, write_planted
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# How long an example takes is the machine's business: a busy one is no failure.
+hypothesis.settings.register_profile("braid", deadline=None)
+hypothesis.settings.load_profile("braid")
 
 
 class Made(NamedTuple):

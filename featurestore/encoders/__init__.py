@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.resources
+import io
 import json
 import os
 import pkgutil
@@ -22,13 +23,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from featurestore.encoders.option_errors import option_errors
 from featurestore.errors import InputError, MissingExtra
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = [
     "BaseEncoder", "EncoderOptions", "find", "find_as", "find_for", "fingerprint_of", "keys", "modalities", "package_file",
@@ -36,7 +41,9 @@ __all__ = [
 ]  # fmt: skip
 
 # Modules of this package that encoders share: no encoders themselves.
-_SHARED = frozenset({"audio_processors", "checkpoints", "contract", "endpoint", "image_processors", "mel", "runtime"})
+_SHARED = frozenset(
+    {"audio_processors", "checkpoints", "contract", "endpoint", "image_processors", "mel", "option_errors", "runtime"}
+)
 
 
 class EncoderOptions(BaseModel):
@@ -106,6 +113,12 @@ class BaseEncoder(ABC):
         Raises:
             DecodeError: the bytes are not a value of this modality; a reason of `featurestore.media`.
         """
+
+    def prepare(self, image: "Image.Image") -> Any:
+        """Turn a picture, mode RGB, into one value for `encode`, as `decode` does its file: of encoders of images alone."""
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=1)
+        return self.decode(buffer.getvalue())
 
     def decode_query(self, raw: bytes) -> Any:
         """Turn the bytes of a query into one value for `encode`: as `decode`, where the model knows no difference."""
@@ -197,7 +210,7 @@ def find(key: str, options: Mapping[str, Any] | None = None) -> BaseEncoder:
     try:
         checked = module.Options.model_validate(dict(options or {}))
     except ValidationError as error:
-        raise InputError(_option_errors(key, module.Options, error)) from None
+        raise InputError(option_errors(key, module.Options.model_json_schema()["properties"], error)) from None
     encoder: BaseEncoder = module.Encoder(checked)
     return encoder
 
@@ -215,16 +228,24 @@ def find_as(card: Mapping[str, Any]) -> BaseEncoder:
         InputError: it is a class of a module that is not imported here, or asks an endpoint that is not trusted here: a card
             may be anybody's, imports nothing, and sends nothing anywhere.
     """
-    own = str(card["options"].get("class", "")).partition(":")[0]
-    if own and own not in sys.modules:
-        raise InputError(f"this view was made by {card['options']['class']!r}: import {own} before, if you trust it")
-    address = card.get("address", {})
-    if "endpoint" in address and address["endpoint"] not in os.environ.get("BRAID_ENDPOINTS", "").split(","):
-        raise InputError(
-            f"this view was made through {address['endpoint']!r}: put that into the environment variable BRAID_ENDPOINTS, "
-            f"if you trust it; queries are sent there, and so is the key in {address.get('key_env') or 'no variable'}"
-        )
-    return find(card["key"], {**card["options"], **address})
+    options = {**card["options"], **card.get("address", {})}
+    trusted = os.environ.get("BRAID_ENDPOINTS", "").split(",")
+    for cls in _named(options, "class", "class_"):
+        if (own := cls.partition(":")[0]) not in sys.modules:
+            raise InputError(f"this view was made by {cls!r}: import {own} before, if you trust it")
+    for endpoint in _named(options, "endpoint"):
+        if endpoint not in trusted:
+            raise InputError(
+                f"this view was made through {endpoint!r}: put that into the environment variable BRAID_ENDPOINTS, if you "
+                f"trust it; queries are sent there, and so is the key in {_named(options, 'key_env') or 'no variable'}"
+            )
+    return find(card["key"], options)
+
+
+def _named(options: Mapping[str, Any], *names: str) -> list[str]:
+    """What options of these names say; also those of an encoder of images within another."""
+    parts = [each for each in (options, options.get("image_options")) if isinstance(each, Mapping)]
+    return [str(part[name]) for part in parts for name in names if part.get(name) is not None]
 
 
 def modalities(key: str) -> tuple[str, ...]:
@@ -235,41 +256,15 @@ def modalities(key: str) -> tuple[str, ...]:
 
 def ready(modality: str) -> list[str]:
     """Return the keys of the encoders of a modality that need no option, sorted."""
-    return [key for key in keys() if modality in modalities(key) and not _required(_module(key).Options)]
+    return [key for key in keys() if modality in modalities(key) and not _needs_options(key)]
 
 
 def _module(key: str) -> Any:
     return importlib.import_module(f"{__name__}.{key.replace('-', '_')}")
 
 
-def _required(options: type[EncoderOptions]) -> list[str]:
-    return [name for name, field in options.model_fields.items() if field.is_required()]
-
-
-def _option_errors(key: str, options: type[EncoderOptions], error: ValidationError) -> str:
-    known = options.model_json_schema()["properties"]
-    wrong = []
-    for found in error.errors():
-        name, value = str(found["loc"][0]), repr(found["input"])
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        if found["type"] == "missing":
-            wrong.append(f"option {name!r} is missing")
-            continue
-        told = f"does not exist{hint}" if found["type"] == "extra_forbidden" else "is not allowed"
-        wrong.append(f"option {name!r} = {value if len(value) <= 80 else value[:76] + ' ...'} {told}")
-    allowed = "; ".join(f"{name} ({_what_it_takes(about)})" for name, about in known.items())
-    return f"encoder {key!r}: {'; '.join(wrong)}; allowed: {allowed}"
-
-
-def _what_it_takes(about: Mapping[str, Any]) -> str:
-    """An option's type, range, meaning and default, from its JSON schema."""
-    kinds = [each for each in about.get("anyOf", [about]) if each.get("type") != "null"]
-    limits = [f"{word} {kinds[0][name]}" for word, name in (("from", "minimum"), ("to", "maximum")) if name in kinds[0]]
-    kind = " or ".join(map(str, kinds[0]["enum"])) if "enum" in kinds[0] else str(kinds[0]["type"])
-    default = f", default {about['default']}" if about.get("default") is not None else ""
-    needed = "" if "default" in about else ", needed"
-    return f"{' '.join([kind, *limits])}{default}{needed}: {about['description']}"
+def _needs_options(key: str) -> bool:
+    return any(field.is_required() for field in _module(key).Options.model_fields.values())
 
 
 def package_file(package: str, *parts: str) -> Path:

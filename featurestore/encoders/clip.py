@@ -7,7 +7,7 @@ Legend: B batch, C channels, H height, W width, D features.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from pydantic import Field
 from featurestore import media
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions, tokenizer_of
 from featurestore.encoders.image_processors import ImageProcessor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["Encoder", "Options"]
 
@@ -65,7 +68,12 @@ class Encoder(CheckpointEncoder):
         """Decode an image and let the checkpoint's processor do the rest; or strict UTF-8, behind the prompt."""
         if self.processor is None:
             return self.options.prompt + media.decode_text(raw)
-        return self.processor(media.decode_image(raw, smallest_side=self.processor.decode_side))
+        return self.prepare(media.decode_image(raw, smallest_side=self.processor.decode_side))
+
+    def prepare(self, image: "Image.Image") -> NDArray[np.float32]:
+        """Let the checkpoint's processor do it all."""
+        assert self.processor is not None, "the tower of texts takes no picture"
+        return self.processor(image)
 
     def length(self, value: Any) -> int:
         """Return a text's number of characters; images are of one size."""

@@ -6,13 +6,16 @@ Each check gives what does not hold. Values are made here, of each modality a fe
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from featurestore import media
 from featurestore.encoders import BaseEncoder
 from featurestore.errors import DecodeError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "examples"]
 
@@ -27,6 +30,15 @@ BAD = (b"", b"\xff\xfe\x00 neither text nor media")
 
 _COLORS = ("red", "blue", "green", "black", "red", "red", "red")
 _SIZES = ((200, 90), (200, 90), (200, 90), (200, 90), (1, 1), (40, 300), (500, 500))
+_VIDEOS = (
+    ((96, 64), 12),
+    ((96, 64), 12),
+    ((96, 64), 12),
+    ((96, 64), 12),
+    ((16, 16), 1),
+    ((48, 120), 3),
+    ((320, 240), 30),
+)
 _SOUNDS = ((110, 1.0), (220, 1.0), (440, 1.0), (880, 1.0), (1760, 0.01), (3000, 3.0), (55, 0.3))
 
 
@@ -35,13 +47,30 @@ def _texts() -> list[bytes]:
     return [each.encode() for each in (*birds, "x", "Ein Vogel, рыба und 🐸.", "a long text " * 60)]
 
 
-def _image(color: str, size: tuple[int, int]) -> bytes:
+def _drawn(color: str, size: tuple[int, int], right: int = 0) -> "Image.Image":
     from PIL import Image
 
     drawn = Image.new("RGB", size, "white")
-    drawn.paste(color, (size[0] // 4, size[1] // 4, size[0] // 2, size[1]))
+    drawn.paste(color, (size[0] // 4 + right, size[1] // 4, size[0] // 2 + right, size[1]))
+    return drawn
+
+
+def _image(color: str, size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
-    drawn.save(buffer, "PNG")
+    _drawn(color, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _video(color: str, size: tuple[int, int], frames: int) -> bytes:
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream: Any = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for number in range(frames):
+            file.mux(stream.encode(av.VideoFrame.from_image(_drawn(color, size, number * size[0] // 60))))
+        file.mux(stream.encode())
     return buffer.getvalue()
 
 
@@ -65,6 +94,7 @@ def _readings(count: int, channels: int) -> bytes:
 EXAMPLES: dict[str, Callable[[], list[bytes]]] = {
     "text": _texts,
     "image": lambda: [_image(color, size) for color, size in zip(_COLORS, _SIZES, strict=True)],
+    "video": lambda: [_video(color, *video) for color, video in zip(_COLORS, _VIDEOS, strict=True)],
     "audio": lambda: [_sound(hertz, seconds) for hertz, seconds in _SOUNDS],
     "sensor": lambda: [_readings(count, CHANNELS) for count in (50, 64, 100, 128, 200)],
 }

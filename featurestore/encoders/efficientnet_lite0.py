@@ -22,6 +22,7 @@ from featurestore.encoders.runtime import device
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 __all__ = ["Encoder", "Options"]
 
@@ -67,10 +68,13 @@ class Encoder(BaseEncoder):
 
     def decode(self, raw: bytes) -> NDArray[np.uint8]:
         """Decode, scale to fit the square and centre on white."""
+        # A JPEG is decoded at no less than twice the side, so that the bicubic filter still has what it needs.
+        return self.prepare(media.decode_image(raw, smallest_side=2 * SIDE))
+
+    def prepare(self, image: "Image.Image") -> NDArray[np.uint8]:
+        """Scale to fit the square and centre on white."""
         from PIL import Image
 
-        # A JPEG is decoded at no less than twice the side, so that the bicubic filter still has what it needs.
-        image = media.decode_image(raw, smallest_side=2 * SIDE)
         scale = SIDE / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
         canvas = np.full((SIDE, SIDE, 3), 255, np.uint8)

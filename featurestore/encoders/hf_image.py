@@ -7,7 +7,7 @@ Legend: B batch, C channels, H height, W width, T patches with the class token, 
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from pydantic import Field
 from featurestore import media
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions
 from featurestore.encoders.image_processors import ImageProcessor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["Encoder", "Options"]
 
@@ -58,7 +61,11 @@ class Encoder(CheckpointEncoder):
 
     def decode(self, raw: bytes) -> NDArray[np.float32]:
         """Decode, and let the checkpoint's processor do the rest."""
-        return self.processor(media.decode_image(raw, smallest_side=self.processor.decode_side))
+        return self.prepare(media.decode_image(raw, smallest_side=self.processor.decode_side))
+
+    def prepare(self, image: "Image.Image") -> NDArray[np.float32]:
+        """Let the checkpoint's processor do it all."""
+        return self.processor(image)
 
     def encode(self, values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """Run the network on one batch and pool."""

@@ -40,8 +40,9 @@ class ImageProcessor:
     def __call__(self, image: "Image.Image") -> NDArray[np.float32]:
         """float32 [C, H, W] of an RGB image."""
         processor = self._loaded()
-        pixels: NDArray[np.float32] = np.asarray(processor(image, return_tensors="np")["pixel_values"][0], np.float32)
-        return pixels
+        pixels: NDArray[np.float32] = np.asarray(processor(image, return_tensors="np")["pixel_values"], np.float32)
+        # A processor of videos takes it for a video of one frame, and gives one dimension more.
+        return pixels.reshape(pixels.shape[-3:])
 
     def _loaded(self) -> Any:
         with self._lock:

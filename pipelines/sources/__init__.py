@@ -3,17 +3,12 @@
 A source yields references, never bytes: `references()` is what planning and the one shuffle see (about 200 bytes a
 sample), `samples()` reads again what a worker needs to write its shard. A new format is one new module with
 `open_source(corpus)`; where its samples are rows of named columns, RowSource (rows.py) does all but the reading, and
-files.py knows how a value is fetched, whole or in part, from a disk, an object store or a web server.
+files.py has values that are files, or parts of them, on a disk, in an object store or on a web server.
 """
 
 import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
-
-from featurestore import references
-
-MAX_VALUE_BYTES = references.MAX_VALUE_BYTES
-"""A value larger than this goes to quarantine as `too_large` before it is read."""
 
 
 class SampleRef(NamedTuple):
@@ -78,8 +73,16 @@ class Sample(NamedTuple):
 class Source(Protocol):
     """What every corpus format offers."""
 
+    @property
+    def order(self) -> str:
+        """How its samples are cut into shards and stand in them: one of featurestore.row_order, known before it is read.
+
+        In the source's own order where a worker that reads samples from all over it would read much more than those.
+        """
+        ...
+
     def references(self) -> Iterator[SampleRef]:
-        """Every sample, in the source's order."""
+        """Every sample, in the source's order: by uri, then by offset, where `order` is of places."""
         ...
 
     def columns(self) -> set[str]:
@@ -104,6 +107,26 @@ class Source(Protocol):
 
     def samples(self, references: Iterable[SampleRef]) -> Iterator[Sample]:
         """The samples of some references, in the order given."""
+        ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A source that measures something once for many samples, as work of its own, before any of them is read.
+
+    It keeps what it has measured in the store that `corpus["source"]["store"]` names, in JSON as `Storage.to_json` writes it.
+    """
+
+    def measures(self) -> bool:
+        """Whether there is anything to measure for this corpus."""
+        ...
+
+    def to_measure(self, references: Iterable[SampleRef]) -> Iterator[SampleRef]:
+        """What some samples need measured, as references that are equal where it is the same; equal neighbours once."""
+        ...
+
+    def measure(self, reference: SampleRef) -> None:
+        """Measures one of these, unless that is done. May be called from several threads."""
         ...
 
 

@@ -33,9 +33,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.errors import DecodeError, InputError
+from featurestore.files import filesystem
 from featurestore.identity import check_id, hash64
 from pipelines.sources import SampleRef, Source, Value
-from pipelines.sources.files import FileValue, change_of, filesystem
+from pipelines.sources.files import FileValue, change_of
 from pipelines.sources.rows import Row, RowSource
 
 __all__ = ["COLUMNS", "MAX_PATTERNS", "Folder", "Listed", "Patterns", "listing", "mistakes"]

@@ -3,7 +3,10 @@
 A file's ending says what it is: JSON Lines (.jsonl, .ndjson, .json); a table of cells under a line of names (.csv, .tsv), whose
 values are all texts; or Parquet (.parquet). Paths are relative to the manifest's own folder, or absolute, or URIs. `null`, an
 absent key or cell and `""` mean that the value is absent. Bytes that are not UTF-8 spoil only the value they stand in: they
-reach quarantine as they are.
+reach quarantine as they are. A text may be a number or a truth; a list or an object goes to quarantine as `not_text`.
+
+A line is read again alone, but a row of a Parquet file only with its row group: where all paths end in .parquet, shards are cut
+in the order of the rows.
 """
 
 import posixpath
@@ -11,8 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from featurestore.errors import InputError
+from featurestore.files import filesystem
+from featurestore.row_order import BY_ID, BY_SOURCE
 from pipelines.sources import SampleRef, Source, Value
-from pipelines.sources.files import FileValue, expand, filesystem
+from pipelines.sources.files import FileValue, expand
 from pipelines.sources.parquet_rows import ParquetRows
 from pipelines.sources.rows import Record, Row, RowSource, inline
 from pipelines.sources.text_rows import Delimited, JsonLines
@@ -47,6 +52,7 @@ class Manifest(RowSource):
     def __init__(self, corpus: dict[str, Any]) -> None:
         fields = [field["from"] for field in corpus["fields"].values()]
         super().__init__(corpus, fields)
+        self.order = BY_SOURCE if all(path.lower().endswith(".parquet") for path in self.paths) else BY_ID
         json_lines = JsonLines()
         self._formats: dict[str, Format] = {
             ".jsonl": json_lines,
@@ -102,11 +108,14 @@ class Manifest(RowSource):
             given = columns.get(field["from"])
             if given is None or given == "":
                 values[name] = None
-            elif (field["read"] or ("inline" if field["modality"] == "text" else "file")) == "inline":
+            elif isinstance(given, list | dict) or self._is_inline(field):  # those are no paths either
                 values[name] = inline(given, posixpath.basename(uri))
             else:
                 values[name] = FileValue(beside(uri, str(given)), str(given).encode("utf-8", "replace").decode())
         return values
+
+    def _is_inline(self, field: dict[str, Any]) -> bool:
+        return bool((field["read"] or ("inline" if field["modality"] == "text" else "file")) == "inline")
 
 
 def beside(uri: str, path: str) -> str:

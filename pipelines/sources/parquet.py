@@ -9,9 +9,10 @@ Planning reads no column of bytes: a sample's etag is of its other columns, its 
 time of change; the size of a value is its share of a mean row of its row group. (Of `{bytes, path}` it reads both where a row
 is small, so that files that such rows name are known to have changed.) A reference is a row's number, with length 0.
 
-The rows of a shard stand all over a file, so a worker reads each row group that holds one of them, once, and only the fields'
-and the kept columns. It keeps the shard's values on its disk while they are fetched; in memory are one page of each column and
-a batch of rows of about 16 MB, or one row where that is larger.
+Shards are cut in the files' order, so a worker reads the row groups of one stretch, once, and only the fields' and the kept
+columns: a row group is read again for each further shard that it reaches into, up to that shard's last row. A worker keeps the
+shard's values on its disk while they are fetched; in memory are one page of each column and a batch of rows of about 16 MB, or
+one row where that is larger.
 """
 
 import json
@@ -24,8 +25,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurestore.errors import InputError
-from pipelines.sources import MAX_VALUE_BYTES, SampleRef, Source, Value, parquet_rows
-from pipelines.sources.files import FileValue, change_of, expand, filesystem, too_large
+from featurestore.files import MAX_VALUE_BYTES, filesystem, too_large
+from featurestore.row_order import BY_SOURCE
+from pipelines.sources import SampleRef, Source, Value, parquet_rows
+from pipelines.sources.files import FileValue, change_of, expand
 from pipelines.sources.manifest import beside
 from pipelines.sources.parquet_rows import (
     Meanings,
@@ -112,6 +115,8 @@ class _Opened(NamedTuple):
 
 class Parquet(RowSource):
     """Parquet files of values."""
+
+    order = BY_SOURCE
 
     def __init__(self, corpus: dict[str, Any]) -> None:
         super().__init__(corpus, (field["from"] for field in corpus["fields"].values()))

@@ -7,11 +7,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from featurestore.errors import DecodeError, InputError
+from featurestore.files import MAX_VALUE_BYTES
 from featurestore.identity import check_id
+from featurestore.row_order import BY_ID
 from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
-from pipelines.sources import MAX_VALUE_BYTES, Sample, SampleRef, Value
+from pipelines.sources import Sample, SampleRef, Value
 
-__all__ = ["InlineText", "Record", "Row", "RowSource"]
+__all__ = ["InlineText", "Record", "Row", "RowSource", "Spoiled", "inline"]
+
+_SHOWN = 80
 
 
 class InlineText(NamedTuple):
@@ -29,6 +33,22 @@ class InlineText(NamedTuple):
         if len(self.text) > MAX_VALUE_BYTES:
             raise DecodeError("too_large", f"{len(self.text)} characters; at most {MAX_VALUE_BYTES} bytes are allowed")
         return as_read(self.text)
+
+
+class Spoiled(NamedTuple):
+    """A value that its source shows to be none, before it is read."""
+
+    reason: str
+    detail: str
+    source: str
+
+    def stat(self) -> tuple[int, str]:
+        """No size; what is wrong with it."""
+        return 0, f"{self.reason}: {self.detail}"
+
+    def fetch(self) -> bytes:
+        """Raises DecodeError."""
+        raise DecodeError(self.reason, self.detail)
 
 
 class Record(NamedTuple):
@@ -68,6 +88,8 @@ class RowSource(ABC):
         corpus: the corpus part of a spec.
         used: columns that are read as fields, and are not kept beside them.
     """
+
+    order = BY_ID
 
     def __init__(self, corpus: dict[str, Any], used: Iterable[str] = ()) -> None:
         self.paths: list[str] = corpus["source"]["path"]
@@ -169,8 +191,12 @@ class RowSource(ABC):
             yield Sample(sample_id, group, reference.etag, columns, dict(row.values))
 
 
-def inline(value: Any, source: str) -> InlineText:
-    """A column's value as text: itself, or JSON."""
+def inline(value: Any, source: str) -> InlineText | Spoiled:
+    """A column's value as a text: itself, or a number's or a truth's. A list or an object is none (`not_text`)."""
+    if isinstance(value, list | dict):
+        kind, shown = "a list" if isinstance(value, list) else "an object", json.dumps(value, ensure_ascii=False)
+        more = "…" if len(shown) > _SHOWN else ""
+        return Spoiled("not_text", f"{shown[:_SHOWN]}{more} is {kind}; make it a text in the source", source)
     return InlineText(value if isinstance(value, str) else json.dumps(value), source)
 
 

@@ -54,16 +54,17 @@ class _Rejected(NamedTuple):
 
 
 def open_source(corpus: dict[str, Any]) -> Source:
-    """The shards that `corpus["source"]` lists, of the store's version that it names."""
+    """The shards that `corpus["source"]` lists, of the store's version that it names, to be cut in the order it names."""
     source = corpus["source"]
     snapshot = Catalog(Storage.from_json(source["store"])).snapshot(source["version"])
-    return StoredShards(snapshot, corpus["name"], source["shards"])
+    return StoredShards(snapshot, corpus["name"], source["shards"], source["order"])
 
 
 class StoredShards:
-    """Samples of some shards, those left out that are gone; a reference is (shard, row, 0)."""
+    """Samples of some shards, whose keys ascend, those left out that are gone; a reference is (shard, row, 0)."""
 
-    def __init__(self, snapshot: Snapshot, name: str, shards: list[str]) -> None:
+    def __init__(self, snapshot: Snapshot, name: str, shards: list[str], order: str) -> None:
+        self.order = order
         self._snapshot, self._corpus, self._shards = snapshot, Corpus(snapshot, name), shards
         self._root = (snapshot.storage.media_root or "").rstrip("/")
 

@@ -5,23 +5,34 @@ The manifest's columns are as `manifest` reads them; a field's `from` names the 
 tells the recording's start. Kept beside the manifest's columns are `begin_ns` and `end_ns` of the window on the recording's
 clock, and for each field `<field>_residual_ns`; of a clock that is measured, `<field>_offset_ns`, `<field>_drift_ppm`,
 `<field>_offset_error_ns` and `<field>_certainty`, as `synchronize.clocks.Estimate` tells them.
+
+How many windows a recording has is known from the headers of its files (the cues, the times of a sensor, and the packets of a
+file whose header does not say how long it is, are read for it) and never from a measured clock: planning decodes nothing.
 """
 
 import itertools
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from featurestore.errors import InputError
 from featurestore.identity import check_id, digest_of
+from featurestore.row_order import BY_ID
+from featurestore.storage import Storage
 from pipelines import sources
 from pipelines.sources import Sample, SampleRef, Source
 from pipelines.sources.files import FileValue
+from pipelines.synchronize.clock_store import ClockStore
 from pipelines.synchronize.clocks import Estimate
 from pipelines.synchronize.recording import Recording, Window
 
 BATCH = 256
 """Recordings that are read from the manifest at once."""
+
+_AHEAD = 16
+"""So many recordings are opened ahead of the one whose windows are asked for."""
 
 
 def open_source(corpus: dict[str, Any]) -> Source:
@@ -53,7 +64,13 @@ class _Pass(NamedTuple):
 
 
 class Streams:
-    """Recordings."""
+    """Recordings.
+
+    Clocks that are measured are kept in the store that the source names, and taken from there; where it names none, or has not
+    got them, every pass over a recording measures them.
+    """
+
+    order = BY_ID
 
     def __init__(self, corpus: dict[str, Any]) -> None:
         self._fields, self._windows = filled(corpus["fields"]), corpus["source"]["windows"]
@@ -61,6 +78,9 @@ class Streams:
             name: {"modality": field["modality"], "from": field["from"], "read": "file"}
             for name, field in self._fields.items()
         }
+        self._measured = [name for name, field in self._fields.items() if field["clock"]["estimate"] is not None]
+        store = corpus["source"].get("store")
+        self._clocks = ClockStore(Storage.from_json(store), corpus["name"]) if store else None
         self._thread = threading.local()
         self._recordings = sources.open_source(
             {**corpus, "source": {**corpus["source"], "type": "manifest"}, "fields": files}
@@ -76,12 +96,22 @@ class Streams:
 
     def references(self) -> Iterator[SampleRef]:
         """Every window; InputError names a recording of too many windows, or whose columns stand for ours."""
+        waiting: deque[Future[tuple[SampleRef, int]]] = deque()
+        with ThreadPoolExecutor(_AHEAD) as pool:
+            for reference, sample in self._rows():
+                waiting.append(pool.submit(self._cut, reference, sample))
+                if len(waiting) >= _AHEAD:
+                    yield from _windows(*waiting.popleft().result())
+            while waiting:
+                yield from _windows(*waiting.popleft().result())
+
+    def _rows(self) -> Iterator[tuple[SampleRef, Sample]]:
         found = self._recordings.references()
         while batch := list(itertools.islice(found, BATCH)):
-            for reference, sample in zip(batch, self._recordings.samples(batch), strict=True):
-                yield from self._cut(reference, sample)
+            yield from zip(batch, self._recordings.samples(batch), strict=True)
 
-    def _cut(self, reference: SampleRef, sample: Sample) -> Iterator[SampleRef]:
+    def _cut(self, reference: SampleRef, sample: Sample) -> tuple[SampleRef, int]:
+        """A reference to a recording as those to its windows are, but for their ids; and how many there are."""
         if clash := sorted((sample.columns.keys() | self._fields.keys()) & self._own_columns()):
             raise InputError(
                 f"{self._recordings.place(reference)}: a column or field {clash[0]!r} would stand for a window's own column; "
@@ -90,9 +120,8 @@ class Streams:
         recording = self._recording(sample)
         etag, size = digest_of(reference.etag, self._windows), recording.bytes_per_window()
         check_id(_id(sample.id, 0), self._recordings.place(reference))
-        begins = itertools.chain.from_iterable(chunk.begin_ns for chunk in recording.windows())
-        for number, _ in enumerate(begins):
-            yield reference._replace(id=_id(sample.id, number), etag=etag, bytes=size)
+        count = sum(len(chunk.begin_ns) for chunk in recording.windows())
+        return reference._replace(etag=etag, bytes=size), count
 
     def _recording(self, sample: Sample) -> Recording:
         files = {name: value if isinstance(value, FileValue) else None for name, value in sample.values.items()}
@@ -104,8 +133,7 @@ class Streams:
 
     def _own_columns(self) -> set[str]:
         residuals = {f"{name}_residual_ns" for name in self._fields}
-        measured = [name for name, field in self._fields.items() if field["clock"]["estimate"] is not None]
-        return {"begin_ns", "end_ns"} | residuals | {f"{name}_{told}" for name in measured for told in _TOLD}
+        return {"begin_ns", "end_ns"} | residuals | {f"{name}_{told}" for name in self._measured for told in _TOLD}
 
     def unmatched(self) -> dict[str, str]:
         """Field -> its `from`, of the fields that no recording has a column of."""
@@ -129,6 +157,8 @@ class Streams:
         recording_ref, _ = _parts(first)
         (sample,) = self._recordings.samples([recording_ref])
         recording = self._recording(sample)
+        if self._clocks is not None and self._measured:
+            recording.estimates |= self._clocks.get(self._clock_key(recording_ref)) or {}
         for window in recording.read(numbers):
             columns = self._columns_of(sample, recording, window)
             yield Sample(_id(sample.id, window.number), sample.group, first.etag, columns, window.values)
@@ -152,10 +182,30 @@ class Streams:
         if (start := sample.columns.get("event_timestamp")) is not None:
             columns["event_timestamp"] = start + window.anchor_ns
         columns |= {f"{name}_residual_ns": residual for name, residual in window.residual_ns.items()}
-        for name, field in self._fields.items():
-            if field["clock"]["estimate"] is not None:
-                columns |= {f"{name}_{key}": told for key, told in _told(recording.estimates.get(name)).items()}
+        for name in self._measured:
+            columns |= {f"{name}_{key}": told for key, told in _told(recording.estimates.get(name)).items()}
         return columns
+
+    def measures(self) -> bool:
+        """Whether a clock is measured."""
+        return bool(self._measured)
+
+    def to_measure(self, references: Iterable[SampleRef]) -> Iterator[SampleRef]:
+        """The recordings of some windows, each once where its windows follow each other."""
+        for recording, _ in itertools.groupby(references, lambda reference: _parts(reference)[0]):
+            yield recording
+
+    def measure(self, recording: SampleRef) -> None:
+        """Measures the clocks of a recording, unless the store has them, and keeps them there."""
+        assert self._clocks is not None, "clocks are measured for the store that the source names"
+        key = self._clock_key(recording)
+        if self._clocks.get(key) is None:
+            opened = self._opened(recording)
+            opened.measure()
+            self._clocks.put(key, opened.estimates)
+
+    def _clock_key(self, recording: SampleRef) -> str:
+        return digest_of(recording.id, recording.etag, self._fields)
 
 
 _TOLD = ("offset_ns", "drift_ppm", "offset_error_ns", "certainty")
@@ -166,6 +216,11 @@ def _told(found: object) -> dict[str, Any]:
         return dict.fromkeys(_TOLD)
     values = (found.clock.offset_ns, found.clock.drift_ppm, found.offset_error_ns, found.certainty)
     return dict(zip(_TOLD, values, strict=True))
+
+
+def _windows(recording: SampleRef, count: int) -> Iterator[SampleRef]:
+    for number in range(count):
+        yield recording._replace(id=_id(recording.id, number))
 
 
 def _id(recording: str, number: int) -> str:

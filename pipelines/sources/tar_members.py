@@ -11,13 +11,17 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from featurestore.errors import DecodeError, InputError
-from pipelines.sources.files import Part, described, filesystem, opened
+from featurestore.files import filesystem
+from pipelines.sources.files import Part, described, opened
 
-__all__ = ["BLOCK", "CutOff", "Member", "Tar", "members"]
+__all__ = ["BLOCK", "MAX_AT_ONCE", "CutOff", "Member", "Tar", "members"]
 
 BLOCK = 512
 MAX_NAME_BYTES = 4096
 _MAX_EXTENDED_BYTES = 1 << 20
+MAX_AT_ONCE = 4 << 20
+"""Samples up to this size are fetched whole, with those that stand beside them; of a larger one the first MiB."""
+
 _MIN_WINDOW, _MAX_WINDOW, _MAX_AHEAD = 64 << 10, 16 << 20, 1 << 20
 _ZEROS = bytes(BLOCK)
 _GZIP = b"\x1f\x8b"
@@ -95,9 +99,9 @@ class Tar(AbstractContextManager["Tar"]):
         return self._window[begin : begin + size]
 
     def begin(self, offset: int, size: int) -> None:
-        """Fetches the bytes of one sample, the first MiB at most, where they are not on a disk."""
+        """Fetches the bytes of samples side by side, of more than MAX_AT_ONCE the first MiB, where they are not on a disk."""
         if not self._on_disk:
-            self._step = min(size, _MAX_AHEAD)
+            self._step = size if size <= MAX_AT_ONCE else _MAX_AHEAD
             self._fetch(offset, self._step)
 
     def held(self, offset: int, size: int) -> bytes | None:

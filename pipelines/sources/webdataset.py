@@ -11,30 +11,36 @@ does any column that the spec calls so: `from: json.caption` reads a text field 
 sample the tar has not (img2dataset's failed downloads) is no sample. Columns of bytes there are not kept.
 
 Planning reads headers and `json` members. Tars are anybody's: a link, a pipe or a device is no value (`no_file`), and is
-followed nowhere; two members of one name are none (`ambiguous`). Of a tar that is cut off comes in what is whole: the value
-that the cut went through is rejected as `truncated`, and so is what its sample lacks; `remarks()` tells of it.
+followed nowhere; two members of one name are none (`ambiguous`), nor is a column's list or object a text (`not_text`). Of a
+tar that is cut off comes in what is whole: the value that the cut went through is rejected as `truncated`, and so is what its
+sample lacks; `remarks()` tells of it.
+
+Shards are cut in the tars' order, so that a worker reads one stretch of them. With `adopt: true` each tar is a shard as it is,
+however large, and must be as adopted.py says.
 """
 
 import json
 import posixpath
 import re
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from featurestore.errors import DecodeError, InputError
+from featurestore.errors import InputError
+from featurestore.row_order import BY_SOURCE, BY_TAR
 from pipelines.sources import SampleRef, Source, Value
+from pipelines.sources.adopted import Rules
 from pipelines.sources.files import Part, expand
-from pipelines.sources.rows import Row, RowSource, as_read, inline
+from pipelines.sources.rows import Row, RowSource, Spoiled, as_read, inline
 from pipelines.sources.sidecar import Sidecar
-from pipelines.sources.tar_members import CutOff, Member, Tar, members
+from pipelines.sources.tar_members import MAX_AT_ONCE, CutOff, Member, Tar, members
 
 MAX_JSON_BYTES = 16 << 20
 _KEY, _JSON = "__key__", "json."
 _AHEAD = 16
-"""So many samples are begun ahead of the one that is asked for."""
+"""So many requests, of a sample or of some that stand side by side, are begun ahead of the one that is asked for."""
 
 _SIDECARS = 4
 _CUT = "tars that are cut off"
@@ -56,22 +62,6 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-class Spoiled(NamedTuple):
-    """A value that the tar's headers show to be none."""
-
-    reason: str
-    detail: str
-    source: str
-
-    def stat(self) -> tuple[int, str]:
-        """No size; what is wrong with it."""
-        return 0, f"{self.reason}: {self.detail}"
-
-    def fetch(self) -> bytes:
-        """Raises DecodeError."""
-        raise DecodeError(self.reason, self.detail)
-
-
 @dataclass
 class _Group:
     """Adjacent members of one key: by extension those that are asked for; `cut` says how the tar is cut off behind it."""
@@ -90,6 +80,7 @@ class WebDataset(RowSource):
         self._from = {name: _wanted(name, each) for name, each in corpus["fields"].items()}
         wanted = {each for names in self._from.values() for each in names}
         super().__init__(corpus, (each for each in wanted if each.startswith(_JSON)))
+        self.order = BY_TAR if corpus["source"].get("adopt") else BY_SOURCE
         self._extensions = {"json"} | {each for each in wanted if not each.startswith(_JSON)}
         # A column of the source's own that is called like the key is not the key.
         self._own = self._reserved | {"id", _KEY}
@@ -98,20 +89,25 @@ class WebDataset(RowSource):
         self._told: dict[str, tuple[int, str]] = {}
 
     def rows(self) -> Iterator[Row]:
-        """Every sample; InputError names the tar and the byte of what is no tar, or of a `json` that is no object."""
+        """Every sample; InputError names the tar and the byte of what is no tar, not adopted, or a `json` that is no object."""
         self._told = {}
         for uri in expand(self.paths):
             with Tar(uri) as tar:
                 self._known[uri] = tar.size, tar.change
                 beside, met = self._sidecar(uri), 0
-                for group in self._groups(tar, 0, None, self._remark):
+                rules = Rules(uri, self._names["id"] in ("id", _KEY)) if self.order == BY_TAR else None
+                for group in self._groups(tar, 0, None, self._remark, rules):
                     met += group.key in beside
                     row = self._row(tar, group)
+                    if rules is not None:
+                        rules.sample(sum(value is not None for value in row.values.values()))
                     if group.cut and (lacking := [each for each in self._names.values() if each not in row.columns]):
                         # Nobody knows the group, or the time, that it had.
                         self._remark("samples cut off before their columns, left out", f"{row.where}: {lacking[0]!r}")
                     else:
                         yield row
+                if rules is not None:
+                    rules.end()
                 if met < len(beside):
                     self._remark("tars with fewer samples than rows beside them", f"{uri}: {met} of {len(beside)}")
 
@@ -128,30 +124,34 @@ class WebDataset(RowSource):
         self._told[what] = count + 1, first
 
     def read(self, references: Iterable[SampleRef]) -> Iterator[Row]:
-        """Samples again: from elsewhere than a disk their first bytes are fetched 16 samples ahead."""
-        waiting: deque[tuple[SampleRef, Future[Tar]]] = deque()
+        """Samples again: from elsewhere than a disk those that stand side by side come together, 16 requests ahead."""
+        waiting: deque[tuple[list[SampleRef], Future[Tar]]] = deque()
         with ThreadPoolExecutor(_AHEAD) as pool:
-            for reference in references:
-                waiting.append((reference, pool.submit(self._begin, reference)))
+            for run in _runs(references):
+                waiting.append((run, pool.submit(self._begin, run)))
                 if len(waiting) >= _AHEAD:
-                    yield self._again(*waiting.popleft())
+                    yield from self._again(*waiting.popleft())
             while waiting:
-                yield self._again(*waiting.popleft())
+                yield from self._again(*waiting.popleft())
 
-    def _begin(self, reference: SampleRef) -> Tar:
-        tar = Tar(reference.uri, self._known.get(reference.uri))
-        self._known[reference.uri] = tar.size, tar.change
-        tar.begin(reference.offset, reference.length)
+    def _begin(self, run: Sequence[SampleRef]) -> Tar:
+        first = run[0]
+        tar = Tar(first.uri, self._known.get(first.uri))
+        self._known[first.uri] = tar.size, tar.change
+        tar.begin(first.offset, sum(reference.length for reference in run))
         return tar
 
-    def _again(self, reference: SampleRef, begun: Future[Tar]) -> Row:
+    def _again(self, run: Sequence[SampleRef], begun: Future[Tar]) -> Iterator[Row]:
         with begun.result() as tar:
-            end = reference.offset + reference.length
-            group = next(self._groups(tar, reference.offset, end, _ignore), None)
-            if group is None:
-                # Nothing stands there now: a row without an id says so.
-                return Row({}, {}, b"", tar.uri, reference.offset, reference.length, _where(tar, reference.offset))
-            return self._row(tar, group)
+            for reference in run:
+                end = reference.offset + reference.length
+                group = next(self._groups(tar, reference.offset, end, _ignore), None)
+                if group is None:
+                    # Nothing stands there now: a row without an id says so.
+                    where = _where(tar, reference.offset)
+                    yield Row({}, {}, b"", tar.uri, reference.offset, reference.length, where)
+                else:
+                    yield self._row(tar, group)
 
     def place(self, reference: SampleRef) -> str:
         """The tar, and the byte where the sample begins."""
@@ -161,13 +161,22 @@ class WebDataset(RowSource):
         """Field -> its `from`, of the fields that no sample read so far has a value of."""
         return {name: ", ".join(each) for name, each in self._from.items() if name not in self._found}
 
-    def _groups(self, tar: Tar, start: int, end: int | None, remark: Callable[[str, str], None]) -> Iterator[_Group]:
+    def _groups(
+        self,
+        tar: Tar,
+        start: int,
+        end: int | None,
+        remark: Callable[[str, str], None],
+        rules: Rules | None = None,
+    ) -> Iterator[_Group]:
         group = None
         try:
             for member in members(tar, start, end):
                 key, extension = split_name(member.name)
                 if member.kind == "a folder" or _META.match(member.name):
                     continue
+                if rules is not None:
+                    rules.take(member, key, extension)
                 if not key:
                     remark("members without an extension, left out", f"{tar.uri}: {_printable(member.name)!r}")
                     continue
@@ -179,6 +188,8 @@ class WebDataset(RowSource):
                 if extension in self._extensions:
                     group.found.setdefault(extension, []).append(member)
         except CutOff as cut:
+            if rules is not None:
+                raise rules.cut_off(tar.size, cut) from None
             remark(_CUT, f"{tar.uri}: {cut}")
             if group is not None:
                 # The rest belongs to it: so it is seen to be the last also when it is read again.
@@ -242,6 +253,21 @@ class WebDataset(RowSource):
             source = _source(tar.uri, group.key)
             return Spoiled("truncated", f"{source}: the tar is not whole: {group.cut}", source)
         return None
+
+
+def _runs(references: Iterable[SampleRef]) -> Iterator[list[SampleRef]]:
+    """References of samples that stand side by side, together up to MAX_AT_ONCE bytes."""
+    run: list[SampleRef] = []
+    size = 0
+    for reference in references:
+        end = (run[-1].uri, run[-1].offset + run[-1].length) if run else None
+        if run and (end != (reference.uri, reference.offset) or size + reference.length > MAX_AT_ONCE):
+            yield run
+            run, size = [], 0
+        run.append(reference)
+        size += reference.length
+    if run:
+        yield run
 
 
 def _wanted(name: str, field: dict[str, Any]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pipelines.sources import Missing, Value
 from pipelines.sources.files import FileValue
 from pipelines.sources.rows import InlineText
 from pipelines.synchronize import TIME_LIMIT_NS, Events, WindowChunk, audio, container, sensor, subtitles, video
+from pipelines.synchronize.clock_store import Measured
 from pipelines.synchronize.clocks import STEP_NS, Clock, Envelope, Estimate, Weak, estimate, grid
 from pipelines.synchronize.container import NoStream
 from pipelines.synchronize.merge import REASONS, Matches, align
@@ -79,9 +80,10 @@ class Recording:
         self, name: str, files: Mapping[str, FileValue | None], fields: Mapping[str, Any], windows: Mapping[str, Any]
     ) -> None:
         self._name, self._files, self._fields, self._windows = name, files, fields, windows
+        self._headers: dict[str, container.Header | None] = {}
         self._envelopes: dict[str, Envelope | DecodeError | Weak] = {}
-        self.estimates: dict[str, Estimate | DecodeError | Weak] = {}
-        """Field -> its measured clock, or why there is none; filled by `read`."""
+        self.estimates: dict[str, Measured] = {}
+        """Field -> its measured clock, or why there is none. What `read` does not find here it measures."""
 
     def windows(self) -> Iterator[WindowChunk]:
         """All windows, on the recording's clock; one at least.
@@ -135,6 +137,11 @@ class Recording:
         return (first_ns, last_ns) if first_ns <= last_ns else None
 
     def _header(self, name: str) -> container.Header | None:
+        if name not in self._headers:
+            self._headers[name] = self._read_header(name)
+        return self._headers[name]
+
+    def _read_header(self, name: str) -> container.Header | None:
         file, kind = self._files[name], _MEDIA.get(self._fields[name]["modality"])
         if file is None or kind is None:
             return None
@@ -212,6 +219,12 @@ class Recording:
             return _sounds(file, field, clock, chunks)
         return _matched(file, field, clock, chunks, self._events(name))
 
+    def measure(self) -> None:
+        """Measures every clock that is to be: decodes those streams, and the ones they are measured against, whole."""
+        for name, field in self._fields.items():
+            if field["clock"]["estimate"] is not None:
+                self._measured(name)
+
     def _measured(self, name: str) -> Clock | DecodeError | Weak:
         """The clock of a field, measured against another one."""
         if name not in self.estimates:
@@ -219,7 +232,7 @@ class Recording:
         found = self.estimates[name]
         return found.clock if isinstance(found, Estimate) else found
 
-    def _estimate(self, name: str, reference: str) -> Estimate | DecodeError | Weak:
+    def _estimate(self, name: str, reference: str) -> Measured:
         own, other = (self._envelope(each) for each in (name, reference))
         if isinstance(own, DecodeError | Weak):
             return own

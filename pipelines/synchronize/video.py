@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 from PIL import Image
 
 from featurestore.errors import DecodeError
+from featurestore.video import pixels
 from pipelines.sources.files import FileValue
 from pipelines.synchronize import Events
 from pipelines.synchronize.container import CHUNK, nanoseconds, opened, told
@@ -24,9 +24,6 @@ __all__ = ["Frame", "Frames", "brightness", "events"]
 
 MAX_REORDER = 64
 """Packets between a frame's place in the file and in time; H.264 and H.265 allow 16 frames."""
-
-# The same picture from the same frame on every kind of processor.
-_EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 
 
 def events(file: FileValue) -> Iterator[Events]:
@@ -116,7 +113,7 @@ class Frames:
             if frame is None:
                 raise DecodeError("decode_error", f"{self._file.source}: frame {index} cannot be decoded")
             with told(self._file.source):
-                self._made = Frame(_pixels(frame), self._file.source)
+                self._made = Frame(pixels(frame), self._file.source)
         except DecodeError as error:
             self._last, self._made = (index, None), error
         return self._made
@@ -181,13 +178,6 @@ class _Decoding:
         return True, self._told.pop(pts, None)
 
 
-def _pixels(frame: Any) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = frame.reformat(format="rgb24", interpolation=_EXACT, threads=1).to_ndarray()
-    if turns := round(frame.rotation / 90) % 4:
-        pixels = np.ascontiguousarray(np.rot90(pixels, turns))
-    return pixels
-
-
 def brightness(file: FileValue) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Chunks of (time in ns int64 [N], mean brightness 0 to 255 float32 [N]) of the frames that can be decoded."""
     with opened(file, "video") as (_, stream):
@@ -196,9 +186,8 @@ def brightness(file: FileValue) -> Iterator[tuple[NDArray[np.int64], NDArray[np.
     values: list[float] = []
     for _, frame in _frames(file):
         if frame is not None:
-            grey = frame.reformat(format="gray", interpolation=_EXACT, threads=1).to_ndarray()
             times.append(nanoseconds(frame.pts, base))
-            values.append(float(grey.mean()))
+            values.append(float(pixels(frame, "gray").mean()))
         if len(times) >= CHUNK:
             yield np.array(times, np.int64), np.array(values, np.float32)
             times, values = [], []

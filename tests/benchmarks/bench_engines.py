@@ -28,12 +28,14 @@ from featurestore import encoders
 from featurestore.catalog import Catalog
 from featurestore.corpora import QUARANTINE
 from featurestore.encoders.runtime import tune_process
+from featurestore.row_order import BY_ID
 from featurestore.storage import Storage
 from featurestore.views import VIEW
 from jobs import plan as planning
 from jobs import spec as specs
 from jobs.run import Runner
-from pipelines import encode, shard
+from pipelines import encode
+from pipelines.cuts import Cut
 from pipelines.runner import InFlight, Job, Scope, changes
 from pipelines.sources import SampleRef
 from pipelines.workers import Workers
@@ -324,7 +326,7 @@ def _one_long_shard() -> list[float]:
     references = [
         SampleRef(_id(number), _id(number), "", 0, "", number, 0) for number in range(SKEWED_SHARDS * SKEWED_ROWS)
     ]
-    shards = shard.cut(references, SKEWED_ROWS, 1)
+    shards = Cut(BY_ID, SKEWED_ROWS, 1).shards(references)
     long = {reference.id for reference in shards[SKEWED_SHARDS // 2]}
     return [LONG_S if _id(number) in long else SHORT_S for number in range(len(references))]
 

@@ -18,9 +18,10 @@ import soundfile
 from PIL import Image
 
 from featurestore import encoders, media
-from featurestore.encoders import BaseEncoder
+from featurestore.encoders import BaseEncoder, contract
 from featurestore.encoders.runtime import tune_process
 from featurestore.errors import DecodeError, InputError
+from tests import videos
 from tests.checkpoints import checkpoint
 from tests.embeddings_server import EmbeddingsServer, serving
 
@@ -42,11 +43,14 @@ CASES = [
     "hf-image/resnet",
     "hf-image/vit",
     "hf-text/bert",
+    "hf-video/videomae",
+    "hf-video/xclip",
     "log-mel",
     "mfcc",
     "minilm-l6",
     "remote/server/image",
     "remote/server/text",
+    "video-frames/vit",
 ]
 every = pytest.mark.parametrize("case", CASES)
 # An option of each encoder with a value that is not its default.
@@ -57,10 +61,12 @@ OTHER_OPTION: dict[str, dict[str, Any]] = {
     "hf-audio": {"max_seconds": 5.0},
     "hf-image": {"normalise": True},
     "hf-text": {"pooling": "cls"},
+    "hf-video": {"normalise": True},
     "log-mel": {"n_mels": 32},
     "mfcc": {"n_mfcc": 13},
     "minilm-l6": {"batch_size": 9},
     "remote": {"version": "2"},
+    "video-frames": {"pooling": "max"},
 }
 
 
@@ -75,6 +81,8 @@ def options(case: str) -> dict[str, Any]:
     kind, _, modality = case.partition("/")[2].partition("/")
     if kind == "server":
         return {"endpoint": server().endpoint, "model": "m", "dim": 16, "modality": modality}
+    if key_of(case) == "video-frames":
+        return {"image_encoder": "hf-image", "image_options": {"checkpoint": str(checkpoint(kind))}}
     return ({"checkpoint": str(checkpoint(kind))} if kind else {}) | ({"modality": modality} if modality else {})
 
 
@@ -135,9 +143,10 @@ VALUES: dict[str, list[bytes]] = {
         sound(3000, 3),
         sound(55, 0.3),
     ],
+    "video": contract.examples("video"),
 }
 # The emptiest value of each modality that is still valid.
-PLAINEST = {"text": b"a", "image": image("white", (64, 64)), "audio": sound(0, 1)}
+PLAINEST = {"text": b"a", "image": image("white", (64, 64)), "audio": sound(0, 1), "video": videos.video([0], "mkv")}
 
 
 def decoded(case: str) -> list[Any]:

@@ -283,6 +283,6 @@ def misreadings(storage: Storage, right: Truth) -> list[str]:
 
 def _matrix(view: View, right: Truth) -> dict[str, bytes | None]:
     vectors, present = view.matrix()
-    ids = [sample_id for entry in view.corpus.shards for sample_id in right.shards.get(entry.shard, [])]
+    ids = [sample_id for entry in view.shards for sample_id in right.shards.get(entry.shard, [])]
     here = zip(ids, vectors, present, strict=True)
     return {sample_id: vector.tobytes() if valid else None for sample_id, vector, valid in here}

@@ -26,13 +26,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from featurestore import files
 from featurestore.catalog import Snapshot
 from featurestore.errors import InputError
 from featurestore.identity import ids_sha256, input_digest
 from featurestore.storage import Storage
 from pipelines import shard
 from pipelines.shard_writer import ShardWriter
-from pipelines.sources import files, open_source
+from pipelines.sources import open_source
 
 CASE_LIMIT_S = 10
 HANG_S = 120

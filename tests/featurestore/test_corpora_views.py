@@ -152,7 +152,7 @@ def test_the_matrix_the_batches_and_the_table_hold_the_same(view: View) -> None:
         assert batches[column].to_pylist() == table[column].to_pylist()
     kept = table["embedding"].drop_null()
     assert np.array(kept.to_pylist(), np.float32).tobytes() == matrix[present].tobytes()
-    with pytest.raises(InputError, match="batch_size=0"):
+    with pytest.raises(InputError, match="batch_size is 0; allowed: a whole number, at least 1"):
         next(view.scanner(batch_size=0))
 
 

@@ -148,6 +148,8 @@ def test_a_vector_is_of_a_view_or_of_the_space(store: FeatureStore) -> None:
     assert_best(store.search("heard", vector=vector, via="sound", k=7), expected, 7)
     assert_best(store.search("heard", vector=projected, k=7), expected, 7)
     assert_best(store.search("heard", vector=projected.tolist(), k=7), expected, 7)
+    for length in (1e-30, 7.5, 1e200):
+        assert_best(store.search("heard", vector=projected.astype(float) * length, k=7), expected, 7)
 
 
 def test_more_hits_than_samples_are_all_samples_once(store: FeatureStore) -> None:
@@ -227,14 +229,20 @@ def test_a_query_that_cannot_be_answered_says_what_can(store: FeatureStore) -> N
         (r"via 'caption': index 'heard' has no such view; allowed: image, sound", "heard", {"text": "a", "via": "caption"}),
         (r"via 'image': this view reads image, not audio", "heard", {"audio": b"x", "via": "image"}),
         (r"image takes a path or bytes or a PIL image, not int", "heard", {"image": 3}),
-        (r"k is 0: ask for at least 1", "heard", {"vector": vector, "k": 0}),
+        (r"^k is 0; allowed: a whole number, at least 1", "heard", {"vector": vector, "k": 0}),
+        (r"^k is 2\.5; allowed: a whole number", "heard", {"vector": vector, "k": 2.5}),
+        (r"^k is '3'; allowed: a whole number", "heard", {"vector": vector, "k": "3"}),
+        (r"^k is True; allowed: a whole number", "heard", {"vector": vector, "k": True}),
+        (rf"^vector 'abc' is none; space 'heard' has vectors of \[{dim}\], numbers", "heard", {"vector": "abc"}),
+        (r"^vector \[1, 'a'\] is none", "heard", {"vector": [1, "a"]}),
         (r"at least 1", "heard", {"vector": vector, "k": -1, "where": "label = 'hexagon'"}),
         (rf"vector of shape \({dim + 1},\): space 'heard' has vectors of \[{dim}\]", "heard", {"vector": np.ones(dim + 1)}),
         (rf"vector of shape \(1, {dim}\)", "heard", {"vector": vector[None]}),
         (r"view 'sound' has vectors of \[128\], all finite", "heard", {"vector": vector, "via": "sound"}),
         (r"all finite", "heard", {"vector": np.full(dim, np.nan)}),
         (r"all finite", "heard", {"vector": np.full(dim, np.inf)}),
-        (r"modality 'smell' is not allowed; one of: text, image, audio", "heard", {"vector": vector, "modality": "smell"}),
+        (r"modality 'smell' is not allowed; index 'heard' has: audio, image", "heard", {"vector": vector, "modality": "smell"}),
+        (r"modality 'text' is not allowed; index 'heard' has: audio, image", "heard", {"vector": vector, "modality": "text"}),
         (r"as_of: 'soon' is not a time; allowed: ISO 8601", "heard", {"vector": vector, "as_of": "soon"}),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=told):
@@ -376,13 +384,11 @@ def test_reading_what_is_not_there_says_what_is(store: FeatureStore) -> None:
             ask()
     with pytest.raises(InputError, match="no column 'vector'; allowed: id, present, embedding"):
         view.to_arrow(["vector"])
-    with pytest.raises(InputError, match="batch_size=0 is not allowed; at least 1"):
+    with pytest.raises(InputError, match="batch_size is 0; allowed: a whole number, at least 1"):
         list(view.scanner(batch_size=0))
 
 
-def test_a_pinned_version_answers_the_same_after_new_commits_and_a_stale_index_does_not_answer(
-    small: Made, tmp_path: Path
-) -> None:
+def test_a_pinned_version_answers_the_same_after_new_commits(small: Made, tmp_path: Path) -> None:
     copy = small.copy_to(tmp_path)
     old = copy.open()
     query = space_vector(old, "heard")
@@ -394,15 +400,7 @@ def test_a_pinned_version_answers_the_same_after_new_commits_and_a_stale_index_d
     runner = Runner(load(copy.spec), Console(quiet=True))
 
     runner.run(("shard",))
-    with pytest.raises(NotFound, match="view 'loud' does not cover corpus 'planted' yet"):
-        copy.open().search("heard", vector=query)
-    with pytest.raises(AlignmentError, match=r"view 'loud' has 6 shards where corpus 'planted' has 7 .*`braid run`"):
-        copy.open().view("loud")
     runner.run(("encode",))
-    with pytest.raises(
-        StoreError, match="index 'heard' is older than its views or its space; `braid run` builds it again"
-    ):
-        copy.open().search("heard", vector=query)
     assert len(copy.open().view("loud").to_arrow()) == 51
 
     for pinned in (old, copy.open(old.version)):

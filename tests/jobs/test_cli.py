@@ -23,8 +23,8 @@ from tests.conftest import Made
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "init", "plan", "run", "shard", "encode", "align", "index", "fuse", "compact", "duplicates",
-    "search", "get", "status", "history", "verify", "export",
+    "init", "plan", "run", "shard", "encode", "align", "index", "fuse", "compact", "duplicates", "retry-quarantined",
+    "quarantine", "search", "get", "status", "history", "verify", "export",
 )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_help_names_every_command_and_imports_neither_torch_nor_beam() -> None:
     assert ended.stderr == ""
     assert "status 0" in ended.stdout
     assert "heavy: []" in ended.stdout
-    shown = re.findall(r"^│ (\w+) ", ended.stdout, re.MULTILINE)
+    shown = re.findall(r"^│ (\w[\w-]*) ", ended.stdout, re.MULTILINE)
     assert sorted(shown) == sorted(COMMANDS)
 
 
@@ -151,7 +151,7 @@ def test_what_is_typed_at_the_command_line_is_named_as_it_is_typed_there(braid: 
     ]
     sound = str(next((small.corpus / "sounds").iterdir()))
     for more, what in (
-        (["--modality", "smell"], r"^error: modality 'smell' is not allowed; one of: text, image, audio"),
+        (["--modality", "smell"], r"^error: modality 'smell' is not allowed; index 'heard' has: audio"),
         (["--where", "lable = 1"], r"^error: where 'lable = 1': .*; columns: .*label"),
         (["-k", "0"], r"^error: k is 0"),
     ):
@@ -337,6 +337,16 @@ def test_a_budget_that_is_passed_is_told_once_without_a_traceback(braid: Braid, 
     assert "Traceback" not in said.out + said.err
     assert said.err.count("more than the failure budget of 1.00%") == 1
     assert "raise corpus.failure_budget in the spec above" in said.err
+    rows = [json.loads(line) for line in braid("quarantine", copy.spec).out.splitlines()]
+    assert len(rows) == 10
+    assert {(row["field"], row["reason"], row["committed"]) for row in rows} == {("sound", "empty", False)}
+    assert all(row["source"].startswith("sounds/") and row["detail"] for row in rows)
+    said = braid("quarantine", copy.spec, "--field", "sound", "--reason", "empty")
+    assert [json.loads(line) for line in said.out.splitlines()] == rows
+    refused(braid("quarantine", copy.spec, "--reason", "gone"), 2, r"reason 'gone': nothing .* of it; there is: empty$")
+    refused(braid("quarantine", copy.spec, "--field", "x"), 2, r"field 'x': nothing .* of it; there is: sound$")
+    said = braid("quarantine", tmp_path / "new")
+    assert (said.status, said.out, said.err) == (0, "", "nothing is in quarantine\n")
 
 
 def test_a_bug_shows_its_traceback(braid: Braid, small: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,6 +190,10 @@ def test_pairs_too_few_to_learn_from_are_no_space(here: Path) -> None:
         ([f"{c}_{w}.png" for c in ("red", "blue") for w in ("bird", "fish")], {"image": "{id}.png"}),
         (["bird.png", "bird_red.png", "fish.png", "cat.png", "dog.png", "dog_red.png"], {"image": "{id}.png"}),
         (
+            [f"{n}{end}" for n in range(4) for end in (".mp4", ".txt", "_cam2.mov")],
+            {"video": "{id}.mp4", "cam2": "{id}_cam2.mov", "text": "{id}.txt"},
+        ),
+        (
             [f"{n}{end}" for n in range(4) for end in (".png", "_mask.png")],
             {"image": "{id}.png", "mask": "{id}_mask.png"},
         ),

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from featurestore.corpora import QUARANTINE
 from featurestore.encoders import log_mel
-from featurestore.errors import BudgetExceeded
+from featurestore.errors import BudgetExceeded, NotFound
 from featurestore.store import FeatureStore
+from jobs.quarantine import listed
 from jobs.report import field_counts, rejected
 from jobs.run import Runner
 from jobs.spec import load
@@ -177,6 +178,18 @@ def test_past_the_budget_nothing_is_committed_and_a_raised_one_goes_on_from_what
     assert opened.version == 0
     assert opened.snapshot.all() == []
 
+    def told_of() -> Counter[tuple[str, bool]]:
+        rows = listed(FeatureStore(store).snapshot, load(store.with_suffix(".yaml")))
+        return Counter((row["view"] or row["corpus"], row["committed"]) for row in rows)
+
+    # What is not committed can be listed nevertheless, and is marked so; a source that was mended since has none of it.
+    assert told_of() == {("planted", False): 5}
+    assert list(listed(opened.snapshot)) == []
+    rows = list(listed(opened.snapshot, load(store.with_suffix(".yaml"))))
+    assert {(row["id"], row["field"]): row["reason"] for row in rows} == {
+        key: reason for key, reason in planted.expected.items() if reason in AT_SHARD
+    }
+
     # A budget that is wide enough for shard, not for the images: the shards are not written again.
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "_make", None)
@@ -187,7 +200,8 @@ def test_past_the_budget_nothing_is_committed_and_a_raised_one_goes_on_from_what
     assert opened.version == 1
     assert opened.views() == []
     assert opened.snapshot.entries(QUARANTINE, "encode/image") == []
-    assert "Nothing was published and nothing is lost" in str(caught.value)
+    assert "`braid quarantine SPEC` lists all of them. Nothing was published and nothing is lost" in str(caught.value)
+    assert told_of() == {("planted", True): 5, ("image", False): 4}
 
     # Nor are the images encoded again.
     make = ShardEncoder.make
@@ -198,6 +212,18 @@ def test_past_the_budget_nothing_is_committed_and_a_raised_one_goes_on_from_what
 
     monkeypatch.setattr(ShardEncoder, "make", not_the_images)
     assert planted.run(store, "20%").digest() == FeatureStore(planted.store).digest()
+    assert told_of() == {("planted", True): 5, ("image", True): 4, ("sound", True): 1}
+
+
+def test_the_store_gives_what_was_rejected_as_a_table(planted: Planted, store: FeatureStore) -> None:
+    table = store.quarantine()
+    assert table.column_names == ["id", "field", "stage", "reason", "detail", "source", "corpus", "view"]
+    assert table.equals(store.quarantine("planted"))
+    rows = table.to_pylist()
+    assert {(row["id"], row["field"]): row["reason"] for row in rows} == planted.expected
+    assert {(row["stage"], row["view"] is None) for row in rows} == {("shard", True), ("encode", False)}
+    with pytest.raises(NotFound, match=r"no corpus 'stamps' in .*; it has: planted"):
+        store.quarantine("stamps")
 
 
 def test_a_nan_vector_is_quarantined_and_its_batch_stays(

@@ -42,14 +42,16 @@ def signed(block: bytes) -> bytes:
     return block[:148] + b"%06o\0 " % sum(blank) + block[156:]
 
 
-def source_of(*paths: Path | str, columns: dict[str, str] | None = None, **fields: Any) -> WebDataset:
+def source_of(
+    *paths: Path | str, columns: dict[str, str] | None = None, adopt: bool = False, **fields: Any
+) -> WebDataset:
     chosen = {
         name: {"modality": modality, "from": given, "read": None}
         for name, (modality, given) in (fields or FIELDS).items()
     }
     source = open_source(
         {
-            "source": {"type": "webdataset", "path": [str(path) for path in paths]},
+            "source": {"type": "webdataset", "path": [str(path) for path in paths], "adopt": adopt},
             "columns": {"id": "id", "group": None} | (columns or {}),
             "fields": chosen,
         }

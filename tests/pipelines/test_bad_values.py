@@ -14,6 +14,7 @@ from PIL import Image
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from jobs.report import field_counts, rejected
+from tests import videos
 from tests.faults.stores import shard_corpus
 
 MAX_MORE_MB = 200
@@ -86,6 +87,23 @@ def test_a_bomb_of_an_image_is_rejected_in_little_memory(tmp_path: Path) -> None
     grown_mb = float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()[-1])
     assert reasons(tmp_path / "store") == {name: reason for name, (_, reason) in made.items()}
     assert grown_mb < MAX_MORE_MB
+
+
+def test_videos_that_no_view_encodes_are_tried_one_by_one_when_they_are_sharded(tmp_path: Path) -> None:
+    whole = videos.video([0, 40, 80], "mkv")
+    bad = {
+        "cut.mkv": (whole[:-1], "decode_error"),
+        "empty.mp4": (b"", "empty"),
+        "picture.mp4": (png(4, 4), "unsupported_format"),
+        "sound.mp4": (videos.sound(), "no_stream"),
+    }
+    for name, raw in {"whole.mkv": whole, **{name: raw for name, (raw, _) in bad.items()}}.items():
+        (tmp_path / name).write_bytes(raw)
+    corpus = settings(tmp_path, "video", [{"id": name, "it": name} for name in ("whole.mkv", *bad)])
+    shard_corpus(Storage.of(tmp_path / "store"), corpus)
+    assert reasons(tmp_path / "store") == {name: reason for name, (_, reason) in bad.items()}
+    (member,) = (tmp_path / "store" / "corpora" / "bad").glob("*.tar")
+    assert b"whole%2Emkv.it.mkv" in member.read_bytes()
 
 
 def test_paths_that_name_nothing_that_can_be_read_are_rejected_one_by_one(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ PARTS = st.text("ab_./", max_size=4)
 
 
 @given(fields=st.lists(st.tuples(PARTS, PARTS), min_size=1, max_size=4, unique=True), path=st.text("ab_./", max_size=8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_match_is_the_longest_and_leads_back_to_the_file(fields: list[tuple[str, str]], path: str) -> None:
     given_patterns = {f"f{number}": f"{before}{{id}}{after}" for number, (before, after) in enumerate(fields)}
     try:

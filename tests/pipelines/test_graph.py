@@ -1,9 +1,6 @@
-"""What crosses Beam is descriptors, coded as rows or bytes: never a value, a vector or a pickle. And how a corpus is cut."""
+"""What crosses Beam is descriptors, coded as rows or bytes: never a value, a vector or a pickle."""
 
 import dataclasses
-import itertools
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +12,20 @@ from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.test_pipeline import TestPipeline as CheckedPipeline
 from apache_beam.testing.util import assert_that, equal_to
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from featurestore.catalog import Catalog, Entry
 from featurestore.corpora import QUARANTINE
 from featurestore.errors import AlignmentError, BudgetExceeded
-from featurestore.identity import MAX_ID_BYTES, hash64
+from featurestore.identity import MAX_ID_BYTES
 from featurestore.storage import Storage
 from featurestore.views import VIEW
 from jobs.run import Runner
 from jobs.spec import load
 from pipelines.reference_blocks import MAX_BLOCK_BYTES, packed, unpacked
 from pipelines.runner import Commit, Job, Result, Scope, keyed, result
-from pipelines.shard import Ingest, cut, range_of
 from pipelines.sources import SampleRef
 from tests.conftest import Made, small_spec
 from tests.planted import SHARD_ROWS, write_planted
@@ -249,74 +245,3 @@ def test_commit_past_the_budget_publishes_nothing_and_says_how_to_raise_it(tmp_p
         commit(tmp_path, results((10, 0), (10, 2)), [], budget=0.09)
     assert catalog.snapshot().version == 0
     commit(tmp_path, results((10, 0), (10, 2)), [1], budget=0.1)
-
-
-def references(groups: list[tuple[str, int]], size: int = 100) -> list[SampleRef]:
-    """`n` references of each (group, n)."""
-    return [SampleRef(f"{name}/{i}", name, "e", size, "u", 0, 1) for name, n in groups for i in range(n)]
-
-
-def place(reference: SampleRef) -> tuple[int, str, str]:
-    return hash64(reference.group), reference.group, reference.id
-
-
-groups = st.dictionaries(st.text(min_size=1, max_size=5), st.integers(1, 30), max_size=12).map(
-    lambda d: list(d.items())
-)
-
-
-@settings(deadline=None)
-@given(groups, st.integers(1, 40), st.integers(50, 2000), st.randoms(use_true_random=False))
-def test_cut_takes_every_sample_once_in_order_and_fills_each_shard(
-    drawn: list[tuple[str, int]], max_rows: int, max_bytes: int, rng: random.Random
-) -> None:
-    samples = references(drawn)
-    shards = cut(samples, max_rows, max_bytes)
-    assert sorted(ref for shard in shards for ref in shard) == sorted(samples)
-    for shard in shards:
-        assert [ref.id for ref in shard] == sorted(ref.id for ref in shard)
-        assert len(shard) <= max_rows
-        assert len(shard) == 1 or sum(ref.bytes for ref in shard) <= max_bytes
-    for shard, after in itertools.pairwise(shards):
-        assert max(map(place, shard)) < min(map(place, after))
-        assert len(shard) == max_rows or (len(shard) + 1) * 100 > max_bytes, "a shard ended that had room"
-    shuffled = samples.copy()
-    rng.shuffle(shuffled)
-    assert cut(shuffled, max_rows, max_bytes) == shards
-
-
-@given(st.lists(st.text(min_size=1, max_size=6), min_size=1), st.integers(1, 1000))
-def test_ranges_are_slices_of_the_hashes(names: list[str], ranges: int) -> None:
-    by_hash = [range_of(name, ranges) for name in sorted(names, key=hash64)]
-    assert by_hash == sorted(by_hash)
-    assert 0 <= by_hash[0] <= by_hash[-1] < ranges
-
-
-def zipf(total: int) -> Iterator[tuple[str, int]]:
-    sizes = [max(1, int(total / 8 / rank)) for rank in range(1, total)]
-    while total > 0:
-        size = min(sizes.pop(0), total)
-        yield f"z{total}", size
-        total -= size
-
-
-@pytest.mark.parametrize(
-    "drawn",
-    [
-        pytest.param([(f"s{i}", 1) for i in range(20_000)], id="single samples"),
-        pytest.param(list(zipf(20_000)), id="Zipf groups"),
-        pytest.param([(f"f{i}", 50) for i in range(400)], id="groups of 50"),
-        pytest.param([("one", 20_000)], id="one group"),
-    ],
-)
-def test_shards_are_full_however_large_the_groups(drawn: list[tuple[str, int]]) -> None:
-    samples, max_rows = references(drawn), 64
-    assert len(samples) == 20_000
-    corpus = {"shard_rows": max_rows, "shard_mb": 512}
-    ranges = Ingest("", len(samples), 100 * len(samples), 0, 0, 0).ranges(corpus)
-    assert ranges == 10
-    parts: dict[int, list[SampleRef]] = {}
-    for reference in samples:
-        parts.setdefault(range_of(reference.group, ranges), []).append(reference)
-    shards = [shard for part in parts.values() for shard in cut(part, max_rows, 512 << 20)]
-    assert len(samples) / (len(shards) * max_rows) >= 0.95

@@ -171,7 +171,7 @@ def test_a_file_of_unknown_size_is_read_up_to_the_limit(monkeypatch: pytest.Monk
         threading.Thread(target=server.serve_forever, daemon=True).start()
         value = FileValue(f"http://127.0.0.1:{server.server_port}/a", "it")
         assert value.fetch() == bytes(range(20))
-        monkeypatch.setattr("pipelines.sources.files.MAX_VALUE_BYTES", 8)
+        monkeypatch.setattr("featurestore.files.MAX_VALUE_BYTES", 8)
         with pytest.raises(DecodeError, match=r"^too_large: more than 8 bytes"):
             value.fetch()
         server.shutdown()

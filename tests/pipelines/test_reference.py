@@ -6,8 +6,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from featurestore import artefact, references
+from featurestore import artefact, files, references
 from featurestore.catalog import Catalog
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.errors import AlignmentError, InputError, NotFound, StoreError
@@ -284,7 +282,7 @@ def test_a_file_that_cannot_be_read_now_fails_the_job_and_loses_nothing(
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(references, "_local", refuses)
+        patch.setattr(files, "_part", refuses)
         with pytest.raises(StoreError, match=r"cannot be read now: Permission denied; mend"):
             sounds.run("encode")
     assert sounds.run("encode").view("loud").to_arrow()["miss_reason"].drop_null().unique().to_pylist() == ["absent"]
@@ -292,7 +290,7 @@ def test_a_file_that_cannot_be_read_now_fails_the_job_and_loses_nothing(
 
 def test_many_values_are_in_flight_at_once(sounds: Sounds, monkeypatch: pytest.MonkeyPatch) -> None:
     sounds.text = sounds.text.replace("batch_size: 32", "batch_size: 4")
-    plain, lock, now, most = references._local, threading.Lock(), 0, 0
+    plain, lock, now, most = files._part, threading.Lock(), 0, 0
 
     def slow(*place: Any) -> bytes:
         nonlocal now, most
@@ -303,7 +301,7 @@ def test_many_values_are_in_flight_at_once(sounds: Sounds, monkeypatch: pytest.M
             now -= 1
         return plain(*place)
 
-    monkeypatch.setattr(references, "_local", slow)
+    monkeypatch.setattr(files, "_part", slow)
     sounds.run("encode")
     assert most >= 6
 
@@ -429,38 +427,6 @@ def test_a_source_that_names_a_value_outside_of_its_root_stores_nothing(tmp_path
     corpus = made.run().corpus("planted")
     assert corpus.rows == SAMPLES
     assert corpus.value(*corpus.locate(rows[0]["id"]), "sound") == Path(outside).read_bytes()
-
-
-class _Web(SimpleHTTPRequestHandler):
-    """Serves a folder, whole files only; `busy` is never to be had."""
-
-    def do_GET(self) -> None:
-        if self.path.endswith("busy"):
-            self.send_error(503)
-        else:
-            super().do_GET()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def test_values_on_a_web_server_are_read_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "a b.txt").write_bytes(b"one")
-    monkeypatch.setattr(references, "_PAUSES_S", (0.01,))
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Web, directory=str(tmp_path))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        storage = Storage(uri=str(tmp_path / "s"), media_root=f"http://127.0.0.1:{server.server_port}/root")
-        assert references.read_value(storage, "a b.txt", 0, 3, input_digest(b"one")) == b"one"
-        with pytest.raises(AlignmentError, match="not the value that was stored"):
-            references.read_value(storage, "a b.txt", 1, 2, input_digest(b"ne"))
-        with pytest.raises(NotFound, match="gone since"):
-            references.read_value(storage, "b.txt", 0, 3, input_digest(b"one"))
-        with pytest.raises(StoreError, match=r"cannot be read now: .*503"):
-            references.read_value(storage, "busy", 0, 3, input_digest(b"one"))
-        server.shutdown()
-    with pytest.raises(StoreError, match="cannot be read now"):
-        references.read_value(storage, "a b.txt", 0, 3, input_digest(b"one"))
 
 
 def test_a_range_of_a_file_is_a_value_and_what_has_no_file_goes_into_the_tar(tmp_path: Path) -> None:

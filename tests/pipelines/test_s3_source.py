@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 import pytest
 import s3fs
 
-from featurestore.errors import DecodeError, InputError
+from featurestore.errors import AlignmentError, DecodeError, InputError, NotFound, StoreError
+from featurestore.identity import input_digest
+from featurestore.references import read_value
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from jobs.report import field_counts, rejected
@@ -107,6 +109,27 @@ def test_what_the_store_mends_by_itself_comes_in(proxy: Proxy) -> None:
     assert FileValue("s3://shelf/busy-1", "it").fetch() == BODY
     assert proxy.asked["GET busy-1"] == 2
     assert Part("s3://shelf/part", 3, 4, "", "it").fetch() == BODY[3:7]
+
+
+@pytest.mark.parametrize(("offset", "there"), [(8, 2), (20, 0)])
+def test_what_a_file_ends_before_is_truncated_and_a_reference_to_it_changed(offset: int, there: int) -> None:
+    with pytest.raises(DecodeError, match=rf"^truncated: it: 4 bytes are named, {there} are there"):
+        Part("s3://shelf/part", offset, 4, "", "it").fetch()
+    storage = Storage(uri="/nowhere", media_root="s3://shelf")
+    with pytest.raises(
+        AlignmentError, match=r"s3://shelf/part: not the value that was stored: the file changed, was cut"
+    ):
+        read_value(storage, "part", offset, 4, input_digest(b"four"))
+
+
+def test_references_are_asked_for_as_often_as_the_client_asks(proxy: Proxy) -> None:
+    storage = Storage(uri="/nowhere", media_root="s3://shelf")
+    assert read_value(storage, "busy-1", 0, 10, input_digest(BODY)) == BODY
+    with pytest.raises(StoreError, match=r"s3://shelf/cut: cannot be read now: ClientPayloadError"):
+        read_value(storage, "cut", 0, 10, input_digest(BODY))
+    assert proxy.asked["GET cut"] == s3fs.S3FileSystem.retries
+    with pytest.raises(NotFound, match=r"s3://shelf/gone: gone since it was stored"):
+        read_value(storage, "gone", 0, 10, input_digest(BODY))
 
 
 def test_a_store_that_stays_busy_is_asked_as_often_as_its_client_asks(proxy: Proxy) -> None:

@@ -119,7 +119,7 @@ def test_a_tar_is_what_pythons_own_writer_makes_of_its_members(snapshot: Snapsho
 def test_a_tar_of_large_values_is_hashed_as_it_is_written(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     """Large pieces are hashed in a thread of their own, beside the write."""
     path, values = tmp_path / "shard.tar", [bytes([number + 1]) * size for number, size in enumerate(sizes)]
-    with shard_writer._TarWriter(path) as tar:
+    with shard_writer.TarWriter(path) as tar:
         headers = [member_header(f"id/{number}", "image", "bin", len(raw)) for number, raw in enumerate(values)]
         offsets = [tar.add(header, raw) for header, raw in zip(headers, values, strict=True)]
     assert tar.sha256 == artefact.file_sha256(path)

@@ -426,6 +426,8 @@ def test_a_clock_that_makes_more_windows_than_a_recording_can_have_is_told(talk:
          r"'words' is no other image, audio or sensor field .*allowed: frame, motion"),
         (FIELDS.replace("offset: 237ms", "estimate: from frame"), "{every: 1s}",
          r"sound\.clock\.drift: is measured with the offset"),
+        (FIELDS.replace("modality: image", "modality: video"), "{every: 1s}",
+         r"frame\.modality: 'video' is for whole files; a window has a frame of a video: write modality: image"),
         (FIELDS.replace("offset: 237ms", "estimate: frame"), "{every: 1s}", r"write from and the name of a field"),
     ],
 )  # fmt: skip

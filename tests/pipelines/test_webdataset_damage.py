@@ -219,7 +219,7 @@ def test_a_chain_of_extended_headers_is_followed_without_recursion(tmp_path: Pat
     ("path", "told"),
     [
         ("{folder}/none.tar", r"tar .*/none\.tar is not there; correct corpus\.source\.path"),
-        ("{folder}", r"tar .* cannot be read: it is a directory"),
+        ("{folder}", r"tar .* cannot be read: no file but a directory"),
         ("{folder}/*.tar", r"names no file"),
         ("ftp://host/x.tar", r"addresses of this kind are not read"),
     ],

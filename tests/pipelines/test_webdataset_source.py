@@ -54,7 +54,7 @@ KEYS = st.lists(
 
 
 @given(keys=KEYS, long=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_webdataset_writes_comes_in_as_webdataset_reads_it(
     tmp_path_factory: pytest.TempPathFactory, keys: list[str], long: bool
 ) -> None:
@@ -314,7 +314,7 @@ def test_a_server_that_fails_is_not_taken_for_one_without_a_table_beside_the_tar
 ) -> None:
     """Else columns would be missing without a word."""
     address, handler = served
-    monkeypatch.setattr("pipelines.sources.files.PAUSES_S", (0.0,))
+    monkeypatch.setattr("featurestore.files.PAUSES_S", (0.0,))
     written(tmp_path, tar_of(pairs(2)))
     assert len(list(source_of(f"{address}/000.tar").references())) == 2
     handler.failing = ".parquet"

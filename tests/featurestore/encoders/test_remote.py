@@ -398,8 +398,15 @@ def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(options: dict[s
 def test_a_card_sends_nothing_where_nobody_trusts_its_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     card = found("https://models.example/v1", key_env="MY_KEY").card()
     monkeypatch.setenv("BRAID_ENDPOINTS", "https://models.example,https://models.example/v1/more")
-    told = r"made through 'https://models\.example/v1': put that into .* BRAID_ENDPOINTS.*so is the key in MY_KEY"
+    told = r"made through 'https://models\.example/v1': put that into .* BRAID_ENDPOINTS.*so is the key in .'MY_KEY'"
     with pytest.raises(InputError, match=told):
         encoders.find_as(card)
     monkeypatch.setenv("BRAID_ENDPOINTS", "https://other.example/v1,https://models.example/v1")
     assert encoders.find_as(card).fingerprint() == encoders.fingerprint_of(card)
+    inside = {"image_encoder": "remote", "image_options": {**card["options"], "endpoint": "http://thief.example/v1"}}
+    for forged in (
+        {**card, "options": {**card["options"], "endpoint": "http://thief.example/v1"}, "address": {}},
+        {**card, "key": "video-frames", "options": inside},
+    ):
+        with pytest.raises(InputError, match=r"made through 'http://thief\.example/v1'"):
+            encoders.find_as(forged)

@@ -46,8 +46,10 @@ def get(fs: fsspec.AbstractFileSystem, url: str, max_bytes: int) -> bytes:
 def get_part(fs: fsspec.AbstractFileSystem, url: str, offset: int, size: int) -> bytes:
     """`size` bytes at `offset` of what is at an address, or fewer where it ends before.
 
+    A server that gives no ranges sends all there is: what begins there is had from it too, and no more of it is waited for.
+
     Raises:
-        ValueError: the server gives no ranges.
+        ValueError: the server gives no ranges, and the part does not begin at 0.
         FileNotFoundError, aiohttp.ClientError, TimeoutError: what the server or the connection did.
     """
     content: bytes = fsspec.asyn.sync(fs.loop, _get, fs, url, size, (offset, offset + size - 1))
@@ -69,7 +71,7 @@ async def _get(fs: Any, url: str, max_bytes: int, part: tuple[int, int] | None =
         answer.raise_for_status()
         if part is None and (answer.content_length or 0) > max_bytes:
             raise DecodeError("too_large", f"{answer.content_length} bytes; at most {max_bytes} are allowed")
-        if part is not None and answer.status != 206:
+        if part is not None and answer.status != 206 and part[0] > 0:
             raise ValueError(f"the server gives no ranges of files: it answered {answer.status} instead of 206")
         content = bytearray()
         async for piece in answer.content.iter_chunked(_PIECE_BYTES):
