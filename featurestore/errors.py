@@ -44,9 +44,7 @@ class AlignmentError(StoreError):
 
 
 class BudgetExceeded(BraidError):
-    """More values were rejected than the spec's failure budget allows (`braid quarantine SPEC` lists them), or more tokens
-    spent than an encoder may: mend the values, or raise it.
-    """
+    """More values were rejected than the spec's failure budget allows: `braid quarantine SPEC` lists them."""
 
 
 class WorkerDied(BraidError):
@@ -58,7 +56,7 @@ class JobError(BraidError):
 
 
 class EndpointError(BraidError):
-    """A remote model does not answer, or not as it should: nothing was published; run it again when it does."""
+    """A remote model does not answer, not as it should, or has been asked as much as it may: run it again later."""
 
 
 class MissingExtra(BraidError):

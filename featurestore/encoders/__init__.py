@@ -228,23 +228,24 @@ def find_as(card: Mapping[str, Any]) -> BaseEncoder:
         InputError: it is a class of a module that is not imported here, or asks an endpoint that is not trusted here: a card
             may be anybody's, imports nothing, and sends nothing anywhere.
     """
-    address = card.get("address", {})
-    options = {**card["options"], **address}
-    for cls in _classes(options):
+    options = {**card["options"], **card.get("address", {})}
+    trusted = os.environ.get("BRAID_ENDPOINTS", "").split(",")
+    for cls in _named(options, "class", "class_"):
         if (own := cls.partition(":")[0]) not in sys.modules:
             raise InputError(f"this view was made by {cls!r}: import {own} before, if you trust it")
-    if "endpoint" in address and address["endpoint"] not in os.environ.get("BRAID_ENDPOINTS", "").split(","):
-        raise InputError(
-            f"this view was made through {address['endpoint']!r}: put that into the environment variable BRAID_ENDPOINTS, "
-            f"if you trust it; queries are sent there, and so is the key in {address.get('key_env') or 'no variable'}"
-        )
+    for endpoint in _named(options, "endpoint"):
+        if endpoint not in trusted:
+            raise InputError(
+                f"this view was made through {endpoint!r}: put that into the environment variable BRAID_ENDPOINTS, if you "
+                f"trust it; queries are sent there, and so is the key in {_named(options, 'key_env') or 'no variable'}"
+            )
     return find(card["key"], options)
 
 
-def _classes(options: Mapping[str, Any]) -> list[str]:
-    """The classes that options name, by either name of that option; also those of an encoder of images within another."""
+def _named(options: Mapping[str, Any], *names: str) -> list[str]:
+    """What options of these names say; also those of an encoder of images within another."""
     parts = [each for each in (options, options.get("image_options")) if isinstance(each, Mapping)]
-    return [str(part[name]) for part in parts for name in ("class", "class_") if name in part]
+    return [str(part[name]) for part in parts for name in names if part.get(name) is not None]
 
 
 def modalities(key: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from featurestore.errors import BudgetExceeded, DecodeError, EndpointError, InputError, MissingExtra
+from featurestore.errors import DecodeError, EndpointError, InputError, MissingExtra
 
 __all__ = ["MAX_ANSWER_BYTES", "PAUSES_S", "Endpoint"]
 
@@ -97,8 +97,7 @@ class Endpoint:
         Raises:
             DecodeError: `refused`: the endpoint does not take these values (400, 413 or 422).
             InputError: the key, the address or the model is wrong; or a redirect.
-            EndpointError: it does not answer, or not as it should, after all tries.
-            BudgetExceeded: the tokens are spent.
+            EndpointError: it does not answer, or not as it should, after all tries; or the tokens are spent.
         """
         content = json.dumps(body, ensure_ascii=False).encode()
         for pause in PAUSES_S:
@@ -155,7 +154,7 @@ class Endpoint:
         """Waits for its place among the requests of a minute, and while the endpoint wants quiet."""
         with self._lock:
             if self._max_tokens is not None and self._tokens >= self._max_tokens:
-                raise BudgetExceeded(
+                raise EndpointError(
                     f"{self.url}: {self._tokens} tokens are spent, option 'max_tokens_total' allows {self._max_tokens} a "
                     "process; nothing is lost: run it again, and it goes on behind the shards that are done, or raise it"
                 )

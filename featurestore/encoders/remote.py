@@ -130,8 +130,7 @@ class Encoder(BaseEncoder):
             DecodeError: `refused`, or `encoder_error` (a vector is missing or twice there): of a value among these.
             MissingExtra: the HTTP client is not installed.
             InputError: the endpoint wants another key, knows no such model, gives another `dim`, or refuses even a plain value.
-            EndpointError: it does not answer, or no embeddings.
-            BudgetExceeded: option `max_tokens_total`.
+            EndpointError: it does not answer, or option `max_tokens_total` is spent.
         """
         self.load()
         each = [[value] for value in values] if self._in_messages else [list(values)] if values else []

@@ -48,9 +48,9 @@ CASES = [
     "log-mel",
     "mfcc",
     "minilm-l6",
-    "video-frames/vit",
     "remote/server/image",
     "remote/server/text",
+    "video-frames/vit",
 ]
 every = pytest.mark.parametrize("case", CASES)
 # An option of each encoder with a value that is not its default.
@@ -65,8 +65,8 @@ OTHER_OPTION: dict[str, dict[str, Any]] = {
     "log-mel": {"n_mels": 32},
     "mfcc": {"n_mfcc": 13},
     "minilm-l6": {"batch_size": 9},
-    "video-frames": {"pooling": "max"},
     "remote": {"version": "2"},
+    "video-frames": {"pooling": "max"},
 }
 
 
@@ -79,10 +79,10 @@ def key_of(case: str) -> str:
 
 def options(case: str) -> dict[str, Any]:
     kind, _, modality = case.partition("/")[2].partition("/")
-    if key_of(case) == "video-frames":
-        return {"image_encoder": "hf-image", "image_options": {"checkpoint": str(checkpoint(kind))}}
     if kind == "server":
         return {"endpoint": server().endpoint, "model": "m", "dim": 16, "modality": modality}
+    if key_of(case) == "video-frames":
+        return {"image_encoder": "hf-image", "image_options": {"checkpoint": str(checkpoint(kind))}}
     return ({"checkpoint": str(checkpoint(kind))} if kind else {}) | ({"modality": modality} if modality else {})
 
 

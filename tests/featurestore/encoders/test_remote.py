@@ -19,7 +19,7 @@ from PIL import Image
 from featurestore import encoders
 from featurestore.encoders import contract, endpoint
 from featurestore.encoders.remote import Encoder
-from featurestore.errors import BudgetExceeded, DecodeError, EndpointError, InputError
+from featurestore.errors import DecodeError, EndpointError, InputError
 from tests.embeddings_server import EmbeddingsServer, Reply, serving, values_of, vector_of
 
 KEY = "sk-this-is-the-secret-4711"
@@ -208,7 +208,7 @@ def test_past_its_budget_no_request_is_made(server: EmbeddingsServer) -> None:
     encoder.encode(["a b c"])
     encoder.encode(["d e"])
     told = r"5 tokens are spent, option 'max_tokens_total' allows 4 a process; nothing is lost"
-    with pytest.raises(BudgetExceeded, match=told):
+    with pytest.raises(EndpointError, match=told):
         encoder.encode(["f"])
     assert len(server.asked) == 2
 
@@ -398,8 +398,15 @@ def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(options: dict[s
 def test_a_card_sends_nothing_where_nobody_trusts_its_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     card = found("https://models.example/v1", key_env="MY_KEY").card()
     monkeypatch.setenv("BRAID_ENDPOINTS", "https://models.example,https://models.example/v1/more")
-    told = r"made through 'https://models\.example/v1': put that into .* BRAID_ENDPOINTS.*so is the key in MY_KEY"
+    told = r"made through 'https://models\.example/v1': put that into .* BRAID_ENDPOINTS.*so is the key in .'MY_KEY'"
     with pytest.raises(InputError, match=told):
         encoders.find_as(card)
     monkeypatch.setenv("BRAID_ENDPOINTS", "https://other.example/v1,https://models.example/v1")
     assert encoders.find_as(card).fingerprint() == encoders.fingerprint_of(card)
+    inside = {"image_encoder": "remote", "image_options": {**card["options"], "endpoint": "http://thief.example/v1"}}
+    for forged in (
+        {**card, "options": {**card["options"], "endpoint": "http://thief.example/v1"}, "address": {}},
+        {**card, "key": "video-frames", "options": inside},
+    ):
+        with pytest.raises(InputError, match=r"made through 'http://thief\.example/v1'"):
+            encoders.find_as(forged)
