@@ -229,6 +229,26 @@ def _xclip(folder: Path) -> None:
     _processor(folder, "VideoMAEImageProcessorPil", **size)
 
 
+def _table(folder: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    tokenizer = word_pieces()
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"normalize": false}')
+    vectors = np.random.default_rng(0).normal(size=(len(tokenizer), 16)).astype(np.float32)
+    save_file({"embeddings": vectors}, folder / "model.safetensors")
+
+
+def _words(folder: Path) -> None:
+    import numpy as np
+
+    words = [*WORDS[:9], "x", "Ein", "Vogel"]
+    rows = np.random.default_rng(0).normal(size=(len(words), 8))
+    lines = [f"{word} {' '.join(f'{each:.6f}' for each in row)}\n" for word, row in zip(words, rows, strict=True)]
+    (folder / "words.txt").write_text("".join(lines))
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "ast": _ast,
     "bert": _bert,
@@ -239,11 +259,13 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "hubert": _hubert,
     "resnet": _resnet,
     "siglip": _siglip,
+    "table": _table,
     "videomae": _videomae,
     "vit": _vit,
     "wav2vec2": _wav2vec2,
     "whisper": _whisper,
     "xclip": _xclip,
+    "words": _words,
 }
 """Kind -> what writes its checkpoint into a folder."""
 

@@ -17,7 +17,7 @@ from featurestore.errors import DecodeError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "examples"]
+__all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "examples", "image", "readings", "sound"]
 
 BATCH_TOLERANCE = 1e-4
 """By how much a component may move with the size of its batch: this, and a hundred-thousandth of itself."""
@@ -55,7 +55,8 @@ def _drawn(color: str, size: tuple[int, int], right: int = 0) -> "Image.Image":
     return drawn
 
 
-def _image(color: str, size: tuple[int, int]) -> bytes:
+def image(color: str, size: tuple[int, int]) -> bytes:
+    """A PNG: a patch of a colour on white."""
     buffer = io.BytesIO()
     _drawn(color, size).save(buffer, "PNG")
     return buffer.getvalue()
@@ -69,12 +70,13 @@ def _video(color: str, size: tuple[int, int], frames: int) -> bytes:
         stream: Any = file.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for number in range(frames):
-            file.mux(stream.encode(av.VideoFrame.from_image(_drawn(color, size, number * size[0] // 60))))
+            file.mux(stream.encode(av.VideoFrame.fromimage(_drawn(color, size, number * size[0] // 60))))
         file.mux(stream.encode())
     return buffer.getvalue()
 
 
-def _sound(hertz: float, seconds: float) -> bytes:
+def sound(hertz: float, seconds: float) -> bytes:
+    """A WAV at 16 kHz: a sine."""
     import soundfile
 
     wave = np.sin(2 * np.pi * hertz * np.arange(round(16_000 * seconds)) / 16_000)
@@ -83,7 +85,8 @@ def _sound(hertz: float, seconds: float) -> bytes:
     return buffer.getvalue()
 
 
-def _readings(count: int, channels: int) -> bytes:
+def readings(count: int, channels: int) -> bytes:
+    """Readings of a sensor: a sine of its own in each channel."""
     time = np.arange(count)[:, None] / 50
     values = np.sin(2 * np.pi * time * (1 + np.arange(channels) + count / 100)) * (1 + count / 50)
     buffer = io.BytesIO()
@@ -93,10 +96,10 @@ def _readings(count: int, channels: int) -> bytes:
 
 EXAMPLES: dict[str, Callable[[], list[bytes]]] = {
     "text": _texts,
-    "image": lambda: [_image(color, size) for color, size in zip(_COLORS, _SIZES, strict=True)],
+    "image": lambda: [image(color, size) for color, size in zip(_COLORS, _SIZES, strict=True)],
     "video": lambda: [_video(color, *video) for color, video in zip(_COLORS, _VIDEOS, strict=True)],
-    "audio": lambda: [_sound(hertz, seconds) for hertz, seconds in _SOUNDS],
-    "sensor": lambda: [_readings(count, CHANNELS) for count in (50, 64, 100, 128, 200)],
+    "audio": lambda: [sound(hertz, seconds) for hertz, seconds in _SOUNDS],
+    "sensor": lambda: [readings(count, CHANNELS) for count in (50, 64, 100, 128, 200)],
 }
 """Modality -> what makes values of it, of unlike sizes and none like another."""
 
