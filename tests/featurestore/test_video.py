@@ -2,7 +2,8 @@
 
 import io
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import av
@@ -68,18 +69,40 @@ def test_frames_at_uneven_times_are_taken_by_time_and_not_by_number() -> None:
     assert sampled(videos.video(times, "mkv"), 5) == [10, 12, 14, 16, 18]
 
 
-def test_a_key_frame_spares_what_stands_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = videos.video(EVEN, "mkv", key_every=10, codec="mpeg4")
-    counted: list[int] = []
-    inside = video._check_work
+class Counting:
+    """PyAV's container, or a packet of it, that counts the packets which are decoded."""
 
-    def check_work(times: Any, wanted: Any, stream: Any) -> None:
-        counted.append(times.decoded(wanted))
-        inside(times, wanted, stream)
+    decoded = 0
 
-    monkeypatch.setattr(video, "_check_work", check_work)
+    def __init__(self, inside: Any) -> None:
+        self._inside = inside
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inside, name)
+
+    def demux(self, stream: Any) -> Iterator[Any]:
+        return map(Counting, self._inside.demux(stream))
+
+    def decode(self) -> Any:
+        Counting.decoded += 1
+        return self._inside.decode()
+
+
+def test_what_stands_before_a_key_frame_or_behind_a_wanted_one_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: decoding goes on from one wanted frame to the next, over all key frames between them."""
+    raw, opened, planned = videos.video(EVEN, "mkv", key_every=10, codec="mpeg4"), video._opened, []
+
+    @contextmanager
+    def counting(raw: bytes) -> Iterator[Any]:
+        with opened(raw) as (container, stream):
+            yield Counting(container), stream
+
+    monkeypatch.setattr(video, "_opened", counting)
+    monkeypatch.setattr(video, "_check_work", lambda times, wanted, stream: planned.append(times.decoded(wanted)))
+    Counting.decoded = 0
     assert sampled(raw, 3) == [4, 14, 24]
-    assert counted == [15]
+    assert planned == [15]
+    assert Counting.decoded - 15 in range(4), "each wanted frame comes with the packet behind it, at the latest"
 
 
 def test_one_frame_stands_for_all_stretches() -> None:
