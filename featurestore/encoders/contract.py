@@ -70,7 +70,7 @@ def _video(color: str, size: tuple[int, int], frames: int) -> bytes:
         stream: Any = file.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for number in range(frames):
-            file.mux(stream.encode(av.VideoFrame.fromimage(_drawn(color, size, number * size[0] // 60))))
+            file.mux(stream.encode(av.VideoFrame.from_image(_drawn(color, size, number * size[0] // 60))))
         file.mux(stream.encode())
     return buffer.getvalue()
 

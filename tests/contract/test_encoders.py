@@ -238,7 +238,9 @@ def test_card_says_what_the_vectors_are(case: str) -> None:
 
 
 def test_an_unknown_key_names_the_nearest_and_all() -> None:
-    with pytest.raises(InputError, match=r"'minilm' does not exist; did you mean 'minilm-l6'\? allowed: efficient"):
+    with pytest.raises(
+        InputError, match=r"'minilm' does not exist; did you mean 'minilm-l6'\? allowed: clap, clip, efficient"
+    ):
         encoders.find("minilm")
 
 

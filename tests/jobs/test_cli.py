@@ -24,6 +24,7 @@ from tests.conftest import Made
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "init", "plan", "run", "shard", "encode", "align", "index", "fuse", "compact", "duplicates", "retry-quarantined",
+    "check-encoder",
     "quarantine", "search", "get", "status", "history", "verify", "export",
 )  # fmt: skip
 

@@ -115,7 +115,7 @@ ONE_MISTAKE = [
     ("budget: 1%", "budget: 1%\n  shard_rows: '64'", "line 12: corpus.shard_rows: '64' is wrong: input should be a"),
     ("field: caption,", "field: captoin,", "line 14: views.caption.field: 'captoin' is not a field of this corpus; "
      "allowed: image, caption, sound; did you mean 'caption'?"),
-    ("minilm-l6", "minilm-l7", "line 14: views.caption.encoder: 'minilm-l7' is not an encoder; allowed: efficientnet-l"),
+    ("minilm-l6", "minilm-l7", "line 14: views.caption.encoder: 'minilm-l7' is not an encoder; allowed: clap, clip, "),
     ("minilm-l6", "mfcc", "line 14: views.caption.encoder: 'mfcc' takes audio, but field 'caption' is 'text'"),
     ("minilm-l6}", "minilm-l6, options: {zap: 3}}", "line 14: views.caption.options: encoder 'minilm-l6': option 'zap'"),
     ("[image, caption], method", "[image, sond], method", "line 17: spaces.seen.views.1: 'sond' is not a view of this "

@@ -69,7 +69,7 @@ def bench(sharded: Storage, tmp_path: Path) -> Bench:
 
 
 def test_a_shard_holds_the_vector_of_each_sample_encoded_alone(bench: Bench) -> None:
-    encoder = encoders.find("log-mel", OPTIONS, "audio")
+    encoder = encoders.find("log-mel", OPTIONS)
     corpus = Corpus(Catalog(bench.storage).snapshot(), "planted")
     worker = bench.worker()
     for task in bench.tasks():
@@ -87,7 +87,7 @@ def test_a_shard_holds_the_vector_of_each_sample_encoded_alone(bench: Bench) -> 
 
 
 def test_a_bad_value_goes_to_quarantine_and_its_batch_goes_on(bench: Bench) -> None:
-    encode_view(bench.storage, "sound", "log-mel", OPTIONS, "audio")
+    encode_view(bench.storage, "sound", "log-mel", OPTIONS)
     snapshot = Catalog(bench.storage).snapshot()
     (entry,) = snapshot.entries(QUARANTINE, "encode/sound")
     (row,) = artefact.read_table(bench.storage.read(entry.path)).to_pylist()
@@ -155,7 +155,7 @@ def test_an_orphan_of_other_rows_is_not_adopted(bench: Bench) -> None:
 def test_a_shard_is_stale_without_a_row_or_its_file_or_where_its_input_is_another(bench: Bench) -> None:
     everything = [task.shard for task in bench.tasks()]
     assert len(everything) == 5
-    encode_view(bench.storage, "sound", "log-mel", OPTIONS, "audio")
+    encode_view(bench.storage, "sound", "log-mel", OPTIONS)
     assert bench.tasks() == []
     gone, cut = (bench.path(bench.broken.entry(VIEW, "sound", position).path) for position in (1, 3))
     gone.unlink()
@@ -307,7 +307,7 @@ def test_the_job_encodes_what_is_stale_in_one_commit(bench: Bench, sharded: Stor
     snapshot = Catalog(bench.storage).snapshot()
     assert snapshot.version == before + 1
     other = Bench(sharded, tmp_path / "other")
-    encode_view(other.storage, "sound", "log-mel", OPTIONS, "audio")
+    encode_view(other.storage, "sound", "log-mel", OPTIONS)
     assert Catalog(other.storage).snapshot().digest() == snapshot.digest()
     assert {each.input_sha256 for each in snapshot.entries(VIEW, "sound")} == {
         each.sha256 for each in snapshot.entries(ROWS, "planted")

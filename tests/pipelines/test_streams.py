@@ -17,6 +17,7 @@ from featurestore.catalog import Catalog
 from featurestore.corpora import QUARANTINE, Corpus
 from featurestore.errors import InputError, SpecError
 from featurestore.media import decode_sensor
+from featurestore.row_order import BY_ID
 from featurestore.storage import Storage
 from featurestore.verify import verify
 from jobs import spec as specs
@@ -247,7 +248,7 @@ def test_compacted_shards_keep_why_a_value_is_not_there(talk: Path, tmp_path: Pa
     snapshot = Catalog(storage).snapshot()
     stored = Corpus(snapshot, "talks")
     shards = [entry.shard for entry in stored.shards]
-    source = StoredShards(snapshot, "talks", shards)
+    source = StoredShards(snapshot, "talks", shards, BY_ID)
     found = {sample.id: sample for sample in source.samples(source.references())}
     said = set()
     for row in stored.to_arrow().to_pylist():
