@@ -20,7 +20,8 @@ import hashlib
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from threading import Semaphore
 from typing import IO, Any, NamedTuple
 
 import apache_beam as beam
@@ -42,6 +43,9 @@ from pipelines.quarantine import rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
 from pipelines.view_writer import Beside, Earlier, ViewWriter, read_earlier, view_table
 from pipelines.workers import Work
+
+_ON_GPU = 2
+"""Batches on a GPU at once: one computes while the other is copied there; more would only hold its memory."""
 
 _FETCH_THREADS = 16
 _FETCH_AHEAD_BYTES = 64 << 20
@@ -192,15 +196,18 @@ class ShardEncoder:
         self._writer = ViewWriter(storage, plan.name, plan.recipe, about)
         self._apart: DecodeApart | None = None
         self._forward_apart: ForwardApart | None = None
+        self._turn: AbstractContextManager[Any] = nullcontext()
         self._pool = ThreadPoolExecutor(self.encoder.concurrency or threads)
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS)
         self._done = storage.list(folder(plan))
 
     def load(self) -> None:
         """Loads the model and fixes the process's allocator and torch threads."""
-        from featurestore.encoders.runtime import tune_process
+        from featurestore.encoders import runtime
 
-        tune_process()
+        runtime.tune_process()
+        if runtime.device() == "cuda":
+            self._turn = Semaphore(_ON_GPU)
         self.encoder.load()
 
     def encode(self, task: EncodeTask) -> Result:
@@ -382,7 +389,8 @@ class ShardEncoder:
             return error
 
     def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
-        return forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
+        with self._turn:
+            return forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
 
 
 class EncodeWork(NamedTuple):

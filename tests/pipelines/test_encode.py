@@ -1,6 +1,8 @@
 """The encode stage on a small corpus of sounds: what a shard of a view holds, and what a bad value does to its batch."""
 
 import json
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from featurestore import artefact, encoders, views
 from featurestore.catalog import Catalog
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
+from featurestore.encoders import runtime
 from featurestore.encoders.contract import examples
 from featurestore.errors import AlignmentError, BudgetExceeded, DecodeError
 from featurestore.identity import input_digest, row_digest
@@ -321,3 +324,26 @@ def test_a_view_past_the_budget_publishes_nothing(bench: Bench) -> None:
     with pytest.raises(BudgetExceeded, match=r"encode sound: 1 of \d+ values were rejected .* e\.g\. sound of '"):
         job.run()
     assert Catalog(bench.storage).snapshot().names(VIEW) == []
+
+
+@pytest.mark.parametrize(("device", "most"), [("cuda", {1, 2}), ("cpu", {3, 4})])
+def test_two_batches_at_most_are_on_a_gpu_and_one_a_thread_on_a_cpu(
+    sharded: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, most: set[int]
+) -> None:
+    monkeypatch.setattr(runtime, "device", lambda: device)
+    bench = Bench(sharded, tmp_path / "store", threads=4)
+    worker = bench.worker()
+    worker.load()
+    plain, inside, seen = worker.encoder.encode, Counter[str](), []
+
+    def counted(values: Sequence[Any]) -> Any:
+        inside["now"] += 1
+        seen.append(inside["now"])
+        time.sleep(0.05)
+        inside["now"] -= 1
+        return plain(values)
+
+    monkeypatch.setattr(worker.encoder, "encode", counted)
+    worker.encoder.batch_size = 1
+    worker.encode(bench.tasks()[0])
+    assert max(seen) in most
