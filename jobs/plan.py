@@ -16,7 +16,8 @@ from featurestore.tombstones import TOMBSTONES
 from featurestore.views import VIEW
 from jobs.report import counted
 from jobs.spec import Spec
-from pipelines import align, encode, fuse, index, shard
+from pipelines import encode_plan
+from pipelines.ingest import Ingest, Known, scan
 from pipelines.sources import Source, open_source
 
 STAGES = ("shard", "encode", "align", "index", "fuse")
@@ -53,7 +54,7 @@ def corpus_dict(spec: Spec) -> dict[str, Any]:
     return corpus | {"unviewed": sorted(corpus["fields"].keys() - viewed)}
 
 
-def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
+def ingest(spec: Spec, snapshot: Snapshot) -> Ingest:
     """What the source holds that the store does not.
 
     Raises:
@@ -66,7 +67,7 @@ def ingest(spec: Spec, snapshot: Snapshot) -> shard.Ingest:
     check_settings(snapshot, corpus)
     if name in snapshot.names(ROWS):
         check_whole(snapshot, name)
-    found = shard.scan(source, shard.Known(snapshot, name))
+    found = scan(source, Known(snapshot, name))
     if not found.samples + found.known:
         raise InputError(f"{_path(spec)} holds no samples; name another one in corpus.source.path")
     _check_columns(spec, source)
@@ -117,10 +118,10 @@ def _check_columns(spec: Spec, source: Source) -> None:
         raise InputError(f"{said}: no sample of {_path(spec)} has it; columns: {', '.join(sorted(columns))}")
 
 
-def view_plans(spec: Spec) -> list[encode.ViewPlan]:
+def view_plans(spec: Spec) -> list[encode_plan.ViewPlan]:
     """The spec's views with their recipes."""
     return [
-        encode.view_plan(
+        encode_plan.view_plan(
             name, spec.corpus.name, view.field, view.encoder, view.options, spec.corpus.fields[view.field].modality
         )
         for name, view in spec.views.items()
@@ -134,14 +135,10 @@ def build_settings(spec: Spec, stage: str) -> dict[str, dict[str, Any]]:
         "index": dict(spec.indexes),
         "fuse": dict(spec.training_sets),
     }
-    parts = stages[stage]
-    made = {}
-    for name, part in parts.items():
-        chosen = part.model_dump(mode="json")
-        if stage == "align":
-            made[name] = align.settings(spec.corpus.name, chosen, _equal_field(spec, chosen["views"]))
-        else:
-            made[name] = (index if stage == "index" else fuse).settings(spec.corpus.name, chosen)
+    made = {name: {"corpus": spec.corpus.name, **part.model_dump(mode="json")} for name, part in stages[stage].items()}
+    if stage == "align":
+        for space in made.values():
+            space["equal"] = _equal_field(spec, space["views"])
     return made
 
 
@@ -242,7 +239,7 @@ def _encode_steps(spec: Spec, snapshot: Snapshot, *, grows: bool) -> Iterator[St
         if grows and spec.corpus.name not in snapshot.names(ROWS):
             yield Step("encode", plan.name, STALE, 0, 0, "its corpus is new")
             continue
-        tasks = encode.stale(snapshot, plan, encode.listed(snapshot.storage, plan))
+        tasks = encode_plan.stale(snapshot, plan, encode_plan.listed(snapshot.storage, plan))
         total = _count(snapshot, ROWS, spec.corpus.name)
         if grows:
             yield Step("encode", plan.name, STALE, len(tasks), total, "its corpus grows")
@@ -252,7 +249,7 @@ def _encode_steps(spec: Spec, snapshot: Snapshot, *, grows: bool) -> Iterator[St
             yield Step("encode", plan.name, FRESH, 0, total, counted(total, "shard"))
 
 
-def _why(snapshot: Snapshot, plan: encode.ViewPlan, todo: int) -> str:
+def _why(snapshot: Snapshot, plan: encode_plan.ViewPlan, todo: int) -> str:
     recipes = set(snapshot.table(VIEW, plan.name, columns=("recipe",))["recipe"].to_pylist())
     if not recipes:
         return "not encoded yet"

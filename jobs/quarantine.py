@@ -16,7 +16,7 @@ from featurestore.quarantine import rejections
 from featurestore.storage import Storage
 from jobs import plan
 from jobs.spec import Spec
-from pipelines import encode
+from pipelines import encode_plan
 
 __all__ = ["listed"]
 
@@ -33,7 +33,7 @@ def listed(snapshot: Snapshot, spec: Spec | None = None) -> Iterator[dict[str, A
         yield from _of_shard(spec, snapshot)
         for view in plan.view_plans(spec):
             if view.corpus in snapshot.names(ROWS):
-                tasks = encode.stale(snapshot, view, encode.listed(snapshot.storage, view))
+                tasks = encode_plan.stale(snapshot, view, encode_plan.listed(snapshot.storage, view))
                 stem = f"quarantine/encode/{view.name}/{view.recipe}"
                 yield from _uncommitted(snapshot.storage, stem, {task.shard for task in tasks}, view.corpus, view.name)
 

@@ -11,7 +11,7 @@ from featurestore.views import VIEW
 from jobs import plan
 from jobs.report import counted
 from jobs.run import Runner, Work
-from pipelines import dataflow, encode
+from pipelines import dataflow, encode_plan
 from pipelines import retry as pipeline
 
 
@@ -67,12 +67,12 @@ class Retrier(Runner):
                 "rejected; `braid run` takes that in as a change of the source"
             )
 
-    def _retry_view(self, before: Snapshot, planned: encode.ViewPlan) -> None:
+    def _retry_view(self, before: Snapshot, planned: encode_plan.ViewPlan) -> None:
         if planned.recipe not in before.table(VIEW, planned.name, None, ("recipe",))["recipe"].to_pylist():
             # Not encoded, or by another encoder: to be encoded as a whole.
             return
         rejected = pipeline.view_rejections(before, planned)
-        tasks = encode.remakes(before, planned, encode.listed(self.storage, planned), list(rejected))
+        tasks = encode_plan.remakes(before, planned, encode_plan.listed(self.storage, planned), list(rejected))
         if not tasks:
             return
         job, begun = self._job("encode", planned.name, len(tasks)), time.monotonic()

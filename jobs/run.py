@@ -18,7 +18,7 @@ from featurestore.views import VIEW
 from jobs import plan
 from jobs.progress import track
 from jobs.spec import Spec
-from pipelines import align, build_job, dataflow, encode, fuse, index, log, shard
+from pipelines import align, build_job, dataflow, encode, encode_plan, fuse, index, log, shard
 from pipelines.runner import Job, checked
 
 _MAKERS = {"align": align.make, "index": index.make, "fuse": fuse.make}
@@ -153,11 +153,11 @@ class Runner:
         for planned in plan.view_plans(self.spec):
             if only not in (None, planned.name):
                 continue
-            tasks = encode.stale(self._snapshot(), planned, encode.listed(self.storage, planned))
+            tasks = encode_plan.stale(self._snapshot(), planned, encode_plan.listed(self.storage, planned))
             if tasks:
                 self._encode_view(planned, tasks)
 
-    def _encode_view(self, planned: encode.ViewPlan, tasks: list[encode.EncodeTask]) -> None:
+    def _encode_view(self, planned: encode_plan.ViewPlan, tasks: list[encode_plan.EncodeTask]) -> None:
         job, begun, rows = (
             self._job("encode", planned.name, len(tasks)),
             time.monotonic(),
@@ -167,7 +167,9 @@ class Runner:
         encode.build(job, self.storage, planned, tasks, self.spec.corpus.failure_budget, hints)
 
         def done() -> int:
-            stems = {key.rpartition("/")[2].rpartition("-")[0] for key in self.storage.list(encode.folder(planned))}
+            stems = {
+                key.rpartition("/")[2].rpartition("-")[0] for key in self.storage.list(encode_plan.folder(planned))
+            }
             return sum(count for shard_key, count in rows.items() if shard_key in stems)
 
         self._carry_out(job, "encode", planned.name, begun, Work(sum(rows.values()), done, rows.__contains__))

@@ -24,6 +24,7 @@ from featurestore.storage import Storage
 from featurestore.views import VIEW
 from jobs.report import prefix, rejection_lines, tried
 from jobs.spec import Spec
+from pipelines import encode_plan
 
 _READS = 16
 _BUILD_STAGES = {builds.SPACE: "align", builds.INDEX: "index", builds.TRAINING: "fuse"}
@@ -233,14 +234,13 @@ class Status:
             return int(pq.read_metadata(file).num_row_groups)
 
     def _encode(self, snapshot: Snapshot, view: Any, shards: Progress) -> Progress:
-        from pipelines import encode
 
-        listing, folder = encode.listed(self._storage, view), encode.folder(view)
+        listing, folder = encode_plan.listed(self._storage, view), encode_plan.folder(view)
         named = set(snapshot.table(VIEW, view.name, view.recipe, ("path",))["path"].to_pylist())
         written = {_shard_of(path) for path in listing if path.startswith(f"{folder}/") and path not in named}
         if view.corpus not in snapshot.names(ROWS):
             return Progress("encode", view.name, 0, len(written), shards.total)
-        todo = {task.shard for task in encode.stale(snapshot, view, listing)}
+        todo = {task.shard for task in encode_plan.stale(snapshot, view, listing)}
         committed = len(snapshot.table(ROWS, view.corpus, None, ("shard",))) - len(todo)
         return Progress("encode", view.name, committed, len(written & todo), shards.total)
 

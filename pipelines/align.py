@@ -24,17 +24,6 @@ FEW_PAIRS = 300
 """Below this many pairs a test part is so small that 10 splits are measured instead of 5."""
 
 
-def settings(corpus: str, space: dict[str, Any], equal: str | None) -> dict[str, Any]:
-    """The settings of a space's build, from the spec.
-
-    Args:
-        corpus: its name.
-        space: the space's part of the spec.
-        equal: the text field by which two samples answer the same query, if there is one.
-    """
-    return {"corpus": corpus, "views": space["views"], "method": space["method"], "dim": space["dim"], "equal": equal}
-
-
 def pairs(snapshot: Snapshot, views: list[str], equal: str | None) -> recall.Pairs:
     """The samples that have both views; those with equal bytes of the field `equal` are as good an answer as each other."""
     first, second = whole(snapshot, views).values()

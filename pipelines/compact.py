@@ -30,6 +30,7 @@ from featurestore.tombstones import TOMBSTONES
 from featurestore.views import VIEW, View, whole
 from featurestore.views import schema as view_schema
 from pipelines import shard
+from pipelines.ingest import Ingest
 from pipelines.runner import InFlight, Job, Result, check_complete
 from pipelines.shard_writer import ShardTask, ShardWriter, read_plan
 from pipelines.view_writer import Beside, ViewWriter
@@ -238,7 +239,7 @@ def build(job: Job, storage: Storage, corpus: dict[str, Any], todo: Compaction, 
     """Puts the compaction of one corpus into a pipeline: write the new shards and views, then one commit."""
     source = {"type": "stored", "store": storage.to_json(), "version": version, "shards": list(todo.shards)}
     stored = corpus | {"source": source | {"order": todo.order}}
-    ingest = shard.Ingest(todo.key, todo.samples, todo.bytes, 0, 0, 0)
+    ingest = Ingest(todo.key, todo.samples, todo.bytes, 0, 0, 0)
     work = CompactWork(storage.to_json(), json.dumps(stored, sort_keys=True), version)
     in_flight = InFlight(f"compact {corpus['name']}", work, job.workers)
     if todo.samples:

@@ -25,11 +25,6 @@ ROWS_PER_FILE = 10_000
 TRAIN = "train"
 
 
-def settings(corpus: str, training_set: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a training set's build, from the spec."""
-    return {"corpus": corpus, **training_set}
-
-
 def make(storage: Storage, build: builds.Build, version: int) -> Result:
     """Assembles, certifies and places one training set.
 

@@ -4,8 +4,6 @@ The settings that an approximate index is tuned by are found on samples that a t
 of the database finds itself and says nothing about what a user will get.
 """
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
@@ -31,11 +29,6 @@ ROWS_SCHEMA = pa.schema(
     ]
 )
 """What row of which view each row of an index is, and the digest that binds its vector in the index to its id."""
-
-
-def settings(corpus: str, index: dict[str, Any]) -> dict[str, Any]:
-    """The settings of an index's build, from the spec."""
-    return {"corpus": corpus, "space": index["space"], "views": index["views"], "recall": index["recall"]}
 
 
 def make(storage: Storage, build: builds.Build, version: int) -> Result:

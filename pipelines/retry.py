@@ -32,10 +32,11 @@ from featurestore.ids import IDS
 from featurestore.storage import Storage
 from featurestore.tombstones import gone_rows
 from pipelines.decode_apart import DecodeApart
-from pipelines.encode import Encode, EncodeTask, ShardEncoder, ViewPlan
+from pipelines.encode import Encode, ShardEncoder
+from pipelines.encode_plan import EncodeTask, ViewPlan
+from pipelines.ingest import same, twice
 from pipelines.quarantine import place_rejected, quarantined, rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
-from pipelines.shard import same, twice
 from pipelines.shard_writer import (
     Fetch,
     Fetched,

@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +23,16 @@ from featurestore.catalog import Entry
 from featurestore.corpora import MEDIA, MEMBER, MISSES, QUARANTINE, ROWS, member_header
 from featurestore.errors import DecodeError
 from featurestore.identity import ids_sha256, input_digest
-from featurestore.references import from_root, relative
+from featurestore.references import from_root
 from featurestore.row_order import BY_ID
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from pipelines.attempts import attempt, forget
 from pipelines.decode_apart import DecodeApart
+from pipelines.fetch import fetched, reference_to
 from pipelines.quarantine import place_rejected, rejection
 from pipelines.runner import Result, result, typed
-from pipelines.sources import Missing, Referable, Sample, SampleRef, Value, open_source
+from pipelines.sources import Missing, Sample, SampleRef, Value, open_source
 
 _FETCH_THREADS = 8
 _FETCH_AHEAD = 64
@@ -216,10 +217,10 @@ class ShardWriter:
         samples, members, rejected = [], [], []
         for sample, values in self._fetch(references):
             row = {}
-            for field, (value, fetched) in values.items():
-                row[field] = self._member(sample.id, field, value, fetched, tar)
-                if isinstance(fetched, DecodeError):
-                    rejected.append(rejection(sample.id, field, "shard", fetched, row[field]["source"]))
+            for field, (value, outcome) in values.items():
+                row[field] = self._member(sample.id, field, value, outcome, tar)
+                if isinstance(outcome, DecodeError):
+                    rejected.append(rejection(sample.id, field, "shard", outcome, row[field]["source"]))
             samples.append(sample)
             members.append(row)
         return samples, members, rejected
@@ -229,13 +230,13 @@ class ShardWriter:
         sample_id: str,
         field: str,
         value: Value | Missing | None,
-        fetched: Fetch,
+        outcome: Fetch,
         tar: "TarWriter",
     ) -> dict[str, Any]:
         source = None if value is None or isinstance(value, Missing) else value.source
-        if isinstance(fetched, DecodeError | Missing):
-            return {"present": False, "miss_reason": fetched.reason, "source": source}
-        raw, digest = fetched
+        if isinstance(outcome, DecodeError | Missing):
+            return {"present": False, "miss_reason": outcome.reason, "source": source}
+        raw, digest = outcome
         ext = _extension(self.corpus["fields"][field]["modality"], raw)
         uri, offset = reference_to(self.storage, value) if self._media == "reference" else (None, 0)
         if uri is None:
@@ -274,30 +275,6 @@ class ShardWriter:
         except DecodeError as error:
             return error
         return Fetched(raw, input_digest(raw))
-
-
-def fetched(value: Value, modality: str, decode: Callable[[str, bytes], Any] | None) -> bytes:
-    """A value's bytes; DecodeError as the shard stage rejects it: `decode` is given what no view would ever decode."""
-    raw = value.fetch()
-    if not raw:
-        raise DecodeError("empty", f"{value.source}: 0 bytes")
-    if modality == "text":
-        try:
-            raw.decode()
-        except UnicodeDecodeError as error:
-            raise DecodeError("invalid_utf8", f"{value.source}: {error}") from None
-    if decode is not None:
-        decode(modality, raw)
-    return raw
-
-
-def reference_to(storage: Storage, value: Value | Missing | None) -> tuple[str | None, int]:
-    """Where a value is referred to, relative to the root, and its offset there; None where it goes into the tar.
-
-    Those are values in no file of their own (a manifest's texts, a Parquet file's cells), and files whose name is no text.
-    """
-    address = value.address if isinstance(value, Referable) else None
-    return (None, 0) if address is None else (relative(storage, address[0]), address[1])
 
 
 def with_entries(made: Result, entries: str) -> Result:

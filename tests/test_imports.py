@@ -200,6 +200,24 @@ def test_reading_and_vector_search_need_neither_beam_nor_torch_nor_else_what_onl
     assert ended.stdout == "read 48 found 1.0 played 0.3\nat 8 kHz 2400\n"
 
 
+PLANNING = """
+import sys
+for absent in sys.argv[2:]:
+    sys.modules[absent] = None
+from jobs.cli import main
+sys.argv[1:] = ["plan", sys.argv[1]]
+main()
+"""
+
+
+def test_planning_waits_for_no_heavy_package(small: Made) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", PLANNING, small.spec, *HEAVY], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("Everything is fresh: `braid run` computes nothing.\n")
+
+
 WITHOUT_EXTRAS = """
 import importlib.metadata
 import sys

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from jobs import plan as planning
 from jobs import spec as specs
 from pipelines import shard
+from pipelines.ingest import Ingest
 from pipelines.runner import InFlight, Job, Result
 from tests.benchmarks import Bar, at_least, at_most
 
@@ -118,7 +119,7 @@ class _Nothing(NamedTuple):
 
 
 def _shuffle(spec: specs.Spec, count: int) -> int:
-    corpus, ingest = planning.corpus_dict(spec), shard.Ingest("0123456789ab", count, 80 * count, 0, 0, 0)
+    corpus, ingest = planning.corpus_dict(spec), Ingest("0123456789ab", count, 80 * count, 0, 0, 0)
     version = planning.open_catalog(spec.store).version
     job = Job()
     job.pipeline | shard.Shard(spec.store, corpus, ingest, version, InFlight("shard big", _Nothing()))

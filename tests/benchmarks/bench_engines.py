@@ -34,7 +34,7 @@ from featurestore.views import VIEW
 from jobs import plan as planning
 from jobs import spec as specs
 from jobs.run import Runner
-from pipelines import encode
+from pipelines import encode, encode_plan
 from pipelines.cuts import Cut
 from pipelines.runner import InFlight, Job, Scope, changes
 from pipelines.sources import SampleRef
@@ -225,7 +225,7 @@ def _overhead(folder: Path) -> list[Bar]:
             spec, store = _copy(made, folder / f"{number}-{name}")
             loaded = specs.load(spec)
             (planned,) = planning.view_plans(loaded)
-            tasks = encode.stale(Catalog(loaded.store).snapshot(), planned, {})
+            tasks = encode_plan.stale(Catalog(loaded.store).snapshot(), planned, {})
             begun, cpu = time.monotonic(), time.process_time()
             carry_out(loaded.store, planned, tasks)
             took[name] = time.monotonic() - begun, time.process_time() - cpu
@@ -251,7 +251,7 @@ def _overhead(folder: Path) -> list[Bar]:
     ]
 
 
-def _bare(storage: Storage, planned: encode.ViewPlan, tasks: list[encode.EncodeTask]) -> None:
+def _bare(storage: Storage, planned: encode_plan.ViewPlan, tasks: list[encode_plan.EncodeTask]) -> None:
     work = encode.EncodeWork(storage.to_json(), planned)
     opened = work.open(len(CORES))
     with ThreadPoolExecutor(InFlight.SHARDS_IN_FLIGHT) as pool:
@@ -263,7 +263,7 @@ def _bare(storage: Storage, planned: encode.ViewPlan, tasks: list[encode.EncodeT
     Catalog(storage).commit(f"encode {planned.name}", changes(results, scopes, whole=False))
 
 
-def _beam(storage: Storage, planned: encode.ViewPlan, tasks: list[encode.EncodeTask]) -> None:
+def _beam(storage: Storage, planned: encode_plan.ViewPlan, tasks: list[encode_plan.EncodeTask]) -> None:
     job = Job()
     encode.build(job, storage, planned, tasks, 0.0)
     job.run()
@@ -307,7 +307,7 @@ def _one_by_one(made: Made, folder: Path) -> list[float]:
     spec, store = _copy(made, folder)
     loaded = specs.load(spec)
     (planned,) = planning.view_plans(loaded)
-    tasks = encode.stale(Catalog(loaded.store).snapshot(), planned, {})
+    tasks = encode_plan.stale(Catalog(loaded.store).snapshot(), planned, {})
     alone = Workers(encode.EncodeWork(loaded.store.to_json(), planned), processes=1, at_once=1, threads=1)
     seconds = []
     try:

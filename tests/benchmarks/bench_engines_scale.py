@@ -26,7 +26,8 @@ from featurestore.storage import Storage
 from featurestore.views import VIEW
 from jobs import plan as planning
 from jobs import spec as specs
-from pipelines import encode, shard
+from pipelines import encode_plan
+from pipelines.ingest import Ingest
 from pipelines.runner import Result, Scope, before, changes, result
 from tests.benchmarks import Bar, at_most
 
@@ -74,13 +75,13 @@ def _tried(number: int) -> int:
     return int(ROWS_A_SHARD * 5 / 6) + int(_sha256("tried", number)[:6], 16) % 200 - 100
 
 
-def _entry(kind: str, plan: encode.ViewPlan | None, about: dict[str, Any], number: int) -> Entry:
+def _entry(kind: str, plan: encode_plan.ViewPlan | None, about: dict[str, Any], number: int) -> Entry:
     """The entry that a worker would have made: deterministic, so that a listing needs no catalog."""
     key = f"0123456789ab-{number // 32:05d}-{number % 32:05d}"
     name, recipe = (plan.name, plan.recipe) if plan else ("big", "")
     sha256, ids = _sha256(kind, name, number), _sha256("ids", number)
     made_from = {ROWS: (MEDIA, "big"), VIEW: (ROWS, "big")}.get(kind)
-    folder = encode.folder(plan) if plan else "corpora/big"
+    folder = encode_plan.folder(plan) if plan else "corpora/big"
     path = f"{folder}/{key}-{sha256[:8]}.{'tar' if kind == MEDIA else 'parquet'}"
     lineage = json.dumps({**about, "tried": _tried(number)}, sort_keys=True) if about else "{}"
     size = 1_000_000 + number
@@ -89,7 +90,7 @@ def _entry(kind: str, plan: encode.ViewPlan | None, about: dict[str, Any], numbe
     return Entry(kind, name, recipe, key, path, ROWS_A_SHARD, size, sha256, ids, input_sha256, first, last, lineage)
 
 
-def _contents(spec: specs.Spec) -> list[tuple[str, encode.ViewPlan | None, dict[str, Any], int]]:
+def _contents(spec: specs.Spec) -> list[tuple[str, encode_plan.ViewPlan | None, dict[str, Any], int]]:
     """(kind, view, what its lineage says, how many shards of it there are) of all that the store holds."""
     corpus = planning.corpus_dict(spec)
     fields = {field: each["modality"] for field, each in corpus["fields"].items()}
@@ -104,7 +105,7 @@ def _contents(spec: specs.Spec) -> list[tuple[str, encode.ViewPlan | None, dict[
     ]
 
 
-def _about(plan: encode.ViewPlan) -> dict[str, Any]:
+def _about(plan: encode_plan.ViewPlan) -> dict[str, Any]:
     encoder = encoders.find(plan.encoder, plan.options)
     card = {**encoder.card(), "fingerprint": encoder.fingerprint()}
     return {"corpus": plan.corpus, "field": plan.field, "encoder": card}
@@ -122,7 +123,7 @@ class Listed(Storage):
         listing = {
             entry.path: entry.bytes
             for kind, plan, _, count in _contents(spec)
-            if prefix == (encode.folder(plan) if plan else "corpora/big")
+            if prefix == (encode_plan.folder(plan) if plan else "corpora/big")
             for entry in (_entry(kind, plan, {}, number) for number in range(count))
         }
         Listed.seconds += time.monotonic() - begun
@@ -142,7 +143,9 @@ def _write(spec: specs.Spec) -> dict[str, Any]:
     return {"rows": sum(content[3] for content in contents), "catalog_mb": size / 1e6}
 
 
-def _batches(kind: str, plan: encode.ViewPlan | None, about: dict[str, Any], count: int) -> Iterator[pa.RecordBatch]:
+def _batches(
+    kind: str, plan: encode_plan.ViewPlan | None, about: dict[str, Any], count: int
+) -> Iterator[pa.RecordBatch]:
     for start in range(0, count, BATCH):
         rows = [_entry(kind, plan, about, number) for number in range(start, min(start + BATCH, count))]
         columns = zip(zip(*rows, strict=True), SCHEMA, strict=True)
@@ -155,7 +158,7 @@ def _plan(spec: specs.Spec) -> dict[str, Any]:
     snapshot = Catalog(spec.store).snapshot()
     known = Corpus(snapshot, "big").rows
     opened = time.monotonic() - begun
-    unchanged = shard.Ingest("", 0, 0, known=known, changed=0, gone=0)
+    unchanged = Ingest("", 0, 0, known=known, changed=0, gone=0)
     with mock.patch.object(planning, "ingest", return_value=unchanged):
         steps = planning.steps(spec, snapshot)
     seconds = time.monotonic() - begun
@@ -190,7 +193,7 @@ def _hold(true: bool, found: object) -> None:
         raise RuntimeError(f"not what was planted: {found}")
 
 
-def _result(plan: encode.ViewPlan, about: dict[str, Any], number: int) -> Result:
+def _result(plan: encode_plan.ViewPlan, about: dict[str, Any], number: int) -> Result:
     entry = _entry(VIEW, plan, about, number)
     return result(entry.shard, [entry], ROWS_A_SHARD, 0)
 

@@ -18,7 +18,8 @@ from featurestore.corpora import QUARANTINE, Corpus
 from featurestore.errors import NotFound, StoreError
 from featurestore.storage import Storage
 from featurestore.views import VIEW, View
-from pipelines import align, encode, fuse, index, runner, shard
+from pipelines import align, encode, encode_plan, fuse, index, runner, shard
+from pipelines.ingest import Known, scan
 from pipelines.publish import card_bytes, place_build
 from pipelines.sources import open_source
 from tests.planted import SHARD_ROWS, write_planted
@@ -50,7 +51,7 @@ def shard_corpus(storage: Storage, corpus: dict[str, Any]) -> None:
     catalog = Catalog(storage)
     catalog.create()
     snapshot = catalog.snapshot()
-    ingest = shard.scan(open_source(corpus), shard.Known(snapshot, corpus["name"]))
+    ingest = scan(open_source(corpus), Known(snapshot, corpus["name"]))
     job = runner.Job()
     shard.build(job, storage, corpus, ingest, snapshot.version)
     job.run()
@@ -58,8 +59,8 @@ def shard_corpus(storage: Storage, corpus: dict[str, Any]) -> None:
 
 def encode_view(storage: Storage, name: str, encoder: str, options: dict[str, Any] | None = None) -> None:
     """The encode stage of one view, its shards one after the other without Beam."""
-    plan = encode.view_plan(name, "planted", "sound", encoder, options or {}, "audio")
-    tasks = encode.stale(Catalog(storage).snapshot(), plan, encode.listed(storage, plan))
+    plan = encode_plan.view_plan(name, "planted", "sound", encoder, options or {}, "audio")
+    tasks = encode_plan.stale(Catalog(storage).snapshot(), plan, encode_plan.listed(storage, plan))
     worker = encode.ShardEncoder(storage, plan, threads=2)
     scopes = [runner.Scope(VIEW, name, plan.recipe), runner.Scope(QUARANTINE, f"encode/{name}", plan.recipe)]
     publish(storage, [worker.encode(task) for task in tasks], scopes)
@@ -68,7 +69,7 @@ def encode_view(storage: Storage, name: str, encoder: str, options: dict[str, An
 def build_index(storage: Storage) -> None:
     """A space of 8 dimensions, learned as the align stage learns one but not evaluated, and the index stage."""
     snapshot = Catalog(storage).snapshot()
-    settings = align.settings("planted", {"views": [*VIEWS], "method": "cca", "dim": 8}, None)
+    settings = {"corpus": "planted", "views": [*VIEWS], "method": "cca", "dim": 8, "equal": None}
     planned = builds.plan(snapshot, builds.SPACE, "heard", settings)
     found = align.pairs(snapshot, [*VIEWS], None)
     projections = dict(zip(VIEWS, spaces.fit_cca(found.x, found.y, 8, (1.0, 1.0), 1.0), strict=True))
@@ -81,7 +82,7 @@ def build_index(storage: Storage) -> None:
         whole=True,
     )
     snapshot = Catalog(storage).snapshot()
-    settings = index.settings("planted", {"space": "heard", "views": [*VIEWS], "recall": 1.0})
+    settings = {"corpus": "planted", "space": "heard", "views": [*VIEWS], "recall": 1.0}
     planned = builds.plan(snapshot, builds.INDEX, "heard", settings)
     publish(
         storage, [index.make(storage, planned, snapshot.version)], [runner.Scope(*planned[:2], planned.key)], whole=True
@@ -93,7 +94,7 @@ def build_training_set(storage: Storage) -> None:
     snapshot = Catalog(storage).snapshot()
     chosen = {"views": [*VIEWS], "label": "label", "splits": {"train": 0.7, "val": 0.1, "test": 0.2}, "seed": 0}
     chosen["group_equal"] = []
-    planned = builds.plan(snapshot, builds.TRAINING, "category", fuse.settings("planted", chosen))
+    planned = builds.plan(snapshot, builds.TRAINING, "category", {"corpus": "planted", **chosen})
     made = fuse.make(storage, planned, snapshot.version)
     publish(storage, [made], [runner.Scope(*planned[:2], planned.key)], whole=True)
 

@@ -17,7 +17,7 @@ from jobs import plan
 from jobs.report import rejected
 from jobs.run import Runner
 from jobs.spec import load
-from pipelines import decode_apart, encode, shard_writer
+from pipelines import decode_apart, encode, encode_plan, shard_writer
 from tests.conftest import Made
 from tests.engines.dask_cluster import Cluster
 from tests.faults.deadly import HANG, OUT_OF_MEMORY, SEGFAULT, deadly_folder, set_deadly, sound_of
@@ -188,7 +188,7 @@ def test_a_shard_left_by_a_killed_run_is_adopted_and_its_receipt_goes(small: Mad
     store.storage.touch(receipt)
     (planned,) = [each for each in plan.view_plans(load(made.spec)) if each.name == "loud"]
     worker = encode.ShardEncoder(store.storage, planned, threads=1)
-    tasks = encode.stale(store.snapshot, planned, {})
+    tasks = encode_plan.stale(store.snapshot, planned, {})
     (task,) = [each for each in tasks if each.shard == entry.shard]
     assert worker.encode(task).computed == 0
     assert store.storage.list("attempts") == {}

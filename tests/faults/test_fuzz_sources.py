@@ -31,14 +31,14 @@ from featurestore.catalog import Snapshot
 from featurestore.errors import InputError
 from featurestore.identity import ids_sha256, input_digest
 from featurestore.storage import Storage
-from pipelines import shard
+from pipelines.ingest import Known, scan
 from pipelines.shard_writer import ShardWriter
 from pipelines.sources import open_source
 
 CASE_LIMIT_S = 10
 HANG_S = 120
 SAMPLES = 12
-NOTHING = shard.Known(Snapshot(Storage.of("/nowhere"), [], -1), "fuzzed")
+NOTHING = Known(Snapshot(Storage.of("/nowhere"), [], -1), "fuzzed")
 
 TOKENS = (
     *(
@@ -245,7 +245,7 @@ def run(corpus: dict[str, Any], folder: Path) -> Case:
     """Plans and writes the shard that a source makes, and holds the outcome against what was there."""
     storage = Storage.of(folder / "store")
     try:
-        shard.scan(open_source(corpus), NOTHING)
+        scan(open_source(corpus), NOTHING)
         references = sorted(open_source(corpus).references(), key=lambda reference: reference.id)
     except InputError as error:
         check_clear(str(error), corpus["source"]["path"][0])

@@ -24,7 +24,7 @@ from featurestore.storage import Storage
 from jobs.run import Runner
 from jobs.spec import load
 from jobs.status import Progress, Seen, Status, watch
-from pipelines.encode import EncodeTask
+from pipelines.encode_plan import EncodeTask
 from pipelines.log import FIELDS
 from pipelines.runner import InFlight, Job, Result
 from tests.conftest import Made

@@ -19,6 +19,7 @@ from featurestore.views import VIEW
 from jobs import plan
 from jobs.run import Runner
 from jobs.spec import load
+from pipelines.ingest import scan
 from tests.conftest import Made, check_same
 
 
@@ -208,7 +209,7 @@ def test_a_source_that_changes_between_plan_and_tombstones_is_an_error(
     copy = small.copy_to(tmp_path)
     rows = manifest(copy)
     write(copy, rows[:-1])
-    scanned = shard.scan
+    scanned = scan
 
     def late(source: Any, known: Any) -> Any:
         found = scanned(source, known)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from featurestore.identity import hash64
 from featurestore.row_order import AS_STORED, BY_ID, BY_SOURCE, BY_TAR
 from pipelines.cuts import SHARDS_PER_RANGE, Cut, range_of
+from pipelines.ingest import Ingest
 from pipelines.reference_blocks import packed, unpacked
-from pipelines.shard import Ingest
 from pipelines.sources import SampleRef
 
 

@@ -20,7 +20,7 @@ from featurestore.identity import input_digest, row_digest
 from featurestore.storage import Storage
 from featurestore.verify import verify
 from featurestore.views import VIEW, View
-from pipelines import encode
+from pipelines import encode, encode_plan
 from pipelines.runner import Job
 from tests.faults.stores import Broken, corpus_settings, encode_view, flip, shard_corpus
 
@@ -41,12 +41,12 @@ class Bench:
     def __init__(self, sharded: Storage, folder: Path, threads: int = 2) -> None:
         self.broken = Broken(sharded, folder)
         self.storage = self.broken.storage
-        self.plan = encode.view_plan("sound", "planted", "sound", "log-mel", OPTIONS, "audio")
+        self.plan = encode_plan.view_plan("sound", "planted", "sound", "log-mel", OPTIONS, "audio")
         self.threads = threads
 
-    def tasks(self) -> list[encode.EncodeTask]:
-        listing = encode.listed(self.storage, self.plan)
-        return encode.stale(Catalog(self.storage).snapshot(), self.plan, listing)
+    def tasks(self) -> list[encode_plan.EncodeTask]:
+        listing = encode_plan.listed(self.storage, self.plan)
+        return encode_plan.stale(Catalog(self.storage).snapshot(), self.plan, listing)
 
     def worker(self) -> encode.ShardEncoder:
         return encode.ShardEncoder(self.storage, self.plan, self.threads)
@@ -60,7 +60,7 @@ class Bench:
         entries = [entry for task in self.tasks() for entry in json.loads(worker.encode(task).entries)]
         return {entry[4]: entry[7] for entry in entries}
 
-    def rows(self, task: encode.EncodeTask, worker: encode.ShardEncoder) -> list[dict[str, Any]]:
+    def rows(self, task: encode_plan.EncodeTask, worker: encode.ShardEncoder) -> list[dict[str, Any]]:
         """The rows of one shard as a worker writes it."""
         entry = next(each for each in json.loads(worker.encode(task).entries) if each[0] == VIEW)
         return artefact.read_table(self.storage.read(entry[4])).to_pylist()
@@ -167,8 +167,8 @@ def test_a_shard_is_stale_without_a_row_or_its_file_or_where_its_input_is_anothe
     rows = bench.broken.entry(ROWS, "planted", 0)
     bench.broken.commit(rows, rows._replace(sha256="0" * 64))
     assert [task.shard for task in bench.tasks()] == [everything[0], everything[1], everything[3]]
-    other = encode.view_plan("sound", "planted", "sound", "log-mel", OPTIONS | {"n_mels": 9}, "audio")
-    assert len(encode.stale(bench.broken.snapshot(), other, bench.storage.list("views"))) == 5
+    other = encode_plan.view_plan("sound", "planted", "sound", "log-mel", OPTIONS | {"n_mels": 9}, "audio")
+    assert len(encode_plan.stale(bench.broken.snapshot(), other, bench.storage.list("views"))) == 5
 
 
 def test_the_largest_shard_is_the_first_to_do(bench: Bench) -> None:
@@ -253,7 +253,7 @@ def test_a_value_that_the_model_fails_on_fails_alone(bench: Bench, monkeypatch: 
     worker = bench.worker()
     task = bench.tasks()[-1]
     right = bench.rows(task, bench.worker())
-    for path in bench.storage.list(encode.folder(bench.plan)):
+    for path in bench.storage.list(encode_plan.folder(bench.plan)):
         bench.path(path).unlink()
     loudest = []
 

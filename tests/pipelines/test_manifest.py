@@ -12,14 +12,14 @@ import pytest
 from featurestore.catalog import Snapshot
 from featurestore.errors import DecodeError, InputError
 from featurestore.storage import Storage
-from pipelines import shard
+from pipelines.ingest import Known, scan
 from pipelines.sources import Sample, open_source
 from pipelines.sources.files import FileValue
 from pipelines.sources.manifest import Manifest
 
 ROWS = [{"id": f"s{n}", "title": f"é {n}", "added": f"2026-01-0{n + 1}"} for n in range(4)]
 BOM = b"\xef\xbb\xbf"
-NOTHING = shard.Known(Snapshot(Storage.of("/nowhere"), [], -1), "planted")
+NOTHING = Known(Snapshot(Storage.of("/nowhere"), [], -1), "planted")
 
 
 def lines(rows: list[dict[str, Any]]) -> bytes:
@@ -47,7 +47,7 @@ def test_a_byte_order_mark_and_line_ends_are_no_part_of_a_sample(tmp_path: Path,
     expected = [(ref.id, ref.etag) for ref in plain.references()], [sample.columns for sample in samples(plain)]
     marked = source_of(tmp_path, BOM + lines(ROWS).replace(b"\n", newline))
     assert ([(ref.id, ref.etag) for ref in marked.references()], [each.columns for each in samples(marked)]) == expected
-    assert shard.scan(marked, NOTHING).key == shard.scan(plain, NOTHING).key
+    assert scan(marked, NOTHING).key == scan(plain, NOTHING).key
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_what_is_no_sample_is_told_by_its_line_when_the_source_is_scanned(
     tmp_path: Path, content: bytes, told: str
 ) -> None:
     with pytest.raises(InputError, match=told):
-        shard.scan(source_of(tmp_path, content), NOTHING)
+        scan(source_of(tmp_path, content), NOTHING)
 
 
 @pytest.mark.parametrize("mark", [b"", BOM])
@@ -85,14 +85,14 @@ def test_a_sample_is_found_by_its_line(tmp_path: Path, mark: bytes) -> None:
 def test_an_id_that_stands_twice_is_told_with_both_lines(tmp_path: Path) -> None:
     source = source_of(tmp_path, BOM + lines([*ROWS, ROWS[1]]))
     with pytest.raises(InputError, match=rf"id 's1' stands twice: {tmp_path}/m\.jsonl, line 2 and .*m\.jsonl, line 5;"):
-        shard.scan(source, NOTHING)
+        scan(source, NOTHING)
 
 
 def test_a_manifest_that_is_not_there_is_told_without_an_errno(tmp_path: Path) -> None:
     source = source_of(tmp_path, b"")
     (tmp_path / "m.jsonl").unlink()
     with pytest.raises(InputError, match=r"m\.jsonl cannot be read: No such file or directory; correct corpus\.source"):
-        shard.scan(source, NOTHING)
+        scan(source, NOTHING)
 
 
 def test_half_a_surrogate_pair_spoils_only_the_value_it_stands_in(tmp_path: Path) -> None:

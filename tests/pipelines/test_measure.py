@@ -17,6 +17,7 @@ from featurestore.errors import DecodeError
 from featurestore.storage import Storage
 from featurestore.verify import verify
 from pipelines import runner, shard
+from pipelines.ingest import Ingest, Known, scan
 from pipelines.measure import measuring
 from pipelines.sources import open_source
 from pipelines.sources.streams import Streams
@@ -68,7 +69,7 @@ def sharded(folder: Path, store: Path, workers: int = 1) -> Corpus:
     corpus, catalog = corpus_of(folder), Catalog(Storage.of(store))
     catalog.create()
     snapshot = catalog.snapshot()
-    ingest = shard.scan(open_source(corpus), shard.Known(snapshot, "talks"))
+    ingest = scan(open_source(corpus), Known(snapshot, "talks"))
     job = runner.Job(workers=workers)
     shard.build(job, catalog.storage, corpus, ingest, snapshot.version)
     job.run()
@@ -112,7 +113,7 @@ def test_a_clock_is_measured_once_a_recording_and_job(folder: Path, tmp_path: Pa
 def built(folder: Path, store: Path) -> runner.Job:
     """The shard job, not run."""
     job, storage = runner.Job(), Storage.of(store)
-    shard.build(job, storage, corpus_of(folder), shard.Ingest("0" * 12, 3 * WINDOWS, 1, 0, 0, 0), -1)
+    shard.build(job, storage, corpus_of(folder), Ingest("0" * 12, 3 * WINDOWS, 1, 0, 0, 0), -1)
     return job
 
 
@@ -146,7 +147,7 @@ def test_a_corpus_of_which_nothing_is_measured_has_no_such_step(folder: Path) ->
 
 def test_planning_decodes_nothing(folder: Path, tmp_path: Path, calls: Counter[str]) -> None:
     empty = Snapshot(Storage.of(tmp_path / "store"), [], -1)
-    found = shard.scan(open_source(corpus_of(folder)), shard.Known(empty, "talks"))
+    found = scan(open_source(corpus_of(folder)), Known(empty, "talks"))
     assert found.samples == 3 * WINDOWS
     assert calls == {}
 

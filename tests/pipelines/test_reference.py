@@ -29,7 +29,7 @@ from featurestore.verify import verify
 from jobs import compact, plan
 from jobs import spec as specs
 from jobs.run import Runner
-from pipelines import dataflow, encode
+from pipelines import dataflow, encode, encode_plan
 from pipelines.shard_writer import ShardTask, ShardWriter
 from pipelines.sources.files import FileValue, Part
 from tests.conftest import check_same, small_spec
@@ -527,8 +527,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(whole: Sounds, tmp_path:
 def test_the_largest_shard_without_a_tar_comes_first(whole: Sounds) -> None:
     spec = specs.parse(whole.text, "spec")
     snapshot = FeatureStore(spec.store).snapshot
-    planned = encode.view_plan("new", "planted", "sound", "mfcc", {}, "audio")
-    rows = [task.rows for task in encode.stale(snapshot, planned, {})]
+    planned = encode_plan.view_plan("new", "planted", "sound", "mfcc", {}, "audio")
+    rows = [task.rows for task in encode_plan.stale(snapshot, planned, {})]
     assert rows == sorted(rows, reverse=True)
     assert len(rows) == len(Corpus(snapshot, "planted").shards)
 

@@ -19,7 +19,8 @@ from featurestore.errors import BudgetExceeded, InputError
 from featurestore.identity import from_tar_key
 from featurestore.storage import Storage
 from featurestore.verify import verify
-from pipelines import shard, shard_writer
+from pipelines import shard_writer
+from pipelines.ingest import Known, scan
 from pipelines.sources import open_source
 from tests.faults.stores import corpus_settings, flip, shard_corpus
 from tests.planted import ODD_IDS, SHARD_ROWS
@@ -251,13 +252,13 @@ def test_a_second_ingest_adds_shards_and_changes_none(bench: Bench) -> None:
     ]
     with manifest.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in more)
-    ingest = shard.scan(open_source(bench.settings), shard.Known(bench.snapshot, "planted"))
+    ingest = scan(open_source(bench.settings), Known(bench.snapshot, "planted"))
     assert (ingest.samples, ingest.known, ingest.changed, ingest.gone) == (9, 12, 0, 0)
     shard_corpus(bench.storage, bench.settings)
     after = Catalog(bench.storage).snapshot()
     assert set(bench.snapshot.entries(ROWS, "planted")) < set(after.entries(ROWS, "planted"))
     assert Corpus(after, "planted").rows == 21
-    again = shard.scan(open_source(bench.settings), shard.Known(after, "planted"))
+    again = scan(open_source(bench.settings), Known(after, "planted"))
     assert (again.samples, again.known) == (0, 21)
 
 
@@ -268,7 +269,7 @@ def test_changed_and_gone_samples_are_counted(bench: Bench) -> None:
     sound = next(row["sound_path"] for row in rows[1:-1] if row["sound_path"])
     os.utime(manifest.parent / sound, (1, 1))
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    ingest = shard.scan(open_source(bench.settings), shard.Known(bench.snapshot, "planted"))
+    ingest = scan(open_source(bench.settings), Known(bench.snapshot, "planted"))
     # The sound was only touched.
     assert (ingest.samples, ingest.known, ingest.changed, ingest.gone) == (1, 10, 1, 1)
 
@@ -279,7 +280,7 @@ def test_an_id_that_stands_twice_is_refused_with_both_places(bench: Bench) -> No
     manifest.write_bytes(b"".join([*lines, lines[3]]))
     told = rf"stands twice: {manifest}, line 4 and {manifest}, line {len(lines) + 1}; ids must be unique"
     with pytest.raises(InputError, match=told):
-        shard.scan(open_source(bench.settings), shard.Known(bench.snapshot, "other"))
+        scan(open_source(bench.settings), Known(bench.snapshot, "other"))
 
 
 def test_more_rejected_values_than_the_budget_publish_nothing_and_lose_nothing(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from featurestore.storage import Storage
 from featurestore.verify import verify
 from jobs import spec as specs
 from jobs.plan import corpus_dict
-from pipelines import shard
+from pipelines.ingest import Known, scan
 from pipelines.sources import Missing, Sample, open_source
 from pipelines.sources.files import FileValue
 from pipelines.sources.stored import StoredShards
@@ -232,10 +232,10 @@ def test_touched_files_are_no_change_and_another_cue_is(talk: Path, tmp_path: Pa
     for path in tmp_path.iterdir():
         os.utime(path, (1, 1))
     catalog = Catalog(storage)
-    found = shard.scan(open_source(corpus), shard.Known(catalog.snapshot(), "talks"))
+    found = scan(open_source(corpus), Known(catalog.snapshot(), "talks"))
     assert (found.samples, found.changed, found.gone) == (0, 0, 0)
     (tmp_path / "talk.srt").write_text(SRT.replace("a second", "another"))
-    changed = shard.scan(open_source(corpus), shard.Known(catalog.snapshot(), "talks"))
+    changed = scan(open_source(corpus), Known(catalog.snapshot(), "talks"))
     spoken = sum(
         reference.columns["end_ns"] > 3e9 and reference.columns["begin_ns"] < 5.5e9 for reference in samples(corpus)
     )

@@ -11,7 +11,7 @@ import pytest
 from featurestore.catalog import Snapshot
 from featurestore.errors import DecodeError, InputError
 from featurestore.storage import Storage
-from pipelines import shard
+from pipelines.ingest import Known, scan
 from pipelines.sources.files import Part
 from tests.pipelines.tars import expected, header, pairs, signed, source_of, tar_of, values_of, written
 
@@ -127,7 +127,7 @@ def test_a_key_that_comes_again_is_told_with_both_places(tmp_path: Path, other: 
     second = written(tmp_path, tar_of(pairs(1)), "001.tar") if other else first
     told = rf"id '0000' stands twice: {first}, byte 0 and {second}, byte {0 if other else 3 * 2560}; ids"
     with pytest.raises(InputError, match=told):
-        shard.scan(source_of(f"{tmp_path}/*.tar"), shard.Known(Snapshot(Storage.of("/nowhere"), [], -1), "tars"))
+        scan(source_of(f"{tmp_path}/*.tar"), Known(Snapshot(Storage.of("/nowhere"), [], -1), "tars"))
 
 
 def edited(content: bytes, at: int, new: bytes) -> bytes:
