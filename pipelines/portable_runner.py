@@ -10,6 +10,7 @@ import threading
 
 import grpc  # type: ignore[import-untyped]
 from apache_beam.options.pipeline_options import (
+    DebugOptions,
     FlinkRunnerOptions,
     PipelineOptions,
     PortableOptions,
@@ -45,6 +46,8 @@ def check(pipeline: Pipeline) -> None:
     elif options.job_endpoint is None:
         _require_server(name, pipeline.options)
     _require_environment(options)
+    # Else Beam runs `pip freeze` for each job, to log it: more than a second.
+    pipeline.options.view_as(DebugOptions).add_experiment("disable_logging_submission_environment")
     quiet()
 
 
