@@ -153,18 +153,19 @@ class Runner:
         for planned in plan.view_plans(self.spec):
             if only not in (None, planned.name):
                 continue
-            tasks = encode_plan.stale(self._snapshot(), planned, encode_plan.listed(self.storage, planned))
+            snapshot = self._snapshot()
+            tasks = encode_plan.stale(snapshot, planned, encode_plan.listed(self.storage, planned))
             if tasks:
-                self._encode_view(planned, tasks)
+                self._encode_view(planned, tasks, snapshot.version)
 
-    def _encode_view(self, planned: encode_plan.ViewPlan, tasks: list[encode_plan.EncodeTask]) -> None:
+    def _encode_view(self, planned: encode_plan.ViewPlan, tasks: list[encode_plan.EncodeTask], version: int) -> None:
         job, begun, rows = (
             self._job("encode", planned.name, len(tasks)),
             time.monotonic(),
             {task.shard: task.rows for task in tasks},
         )
         hints = dataflow.hints(self.beam_args, self._resources(planned.name))
-        encode.build(job, self.storage, planned, tasks, self.spec.corpus.failure_budget, hints)
+        encode.build(job, self.storage, planned, tasks, self.spec.corpus.failure_budget, version, hints)
 
         def done() -> int:
             stems = {

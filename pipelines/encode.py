@@ -17,6 +17,7 @@ one outside the store that is `gone` or `changed` since it was sharded, and one 
 
 import copy
 import hashlib
+import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,14 +28,16 @@ from typing import IO, Any, NamedTuple
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurestore import artefact, encoders, views
-from featurestore.catalog import Entry
+from featurestore.catalog import Catalog, Entry
 from featurestore.corpora import QUARANTINE, ROWS, member_header, read_rows
 from featurestore.errors import AlignmentError, DecodeError, NotFound
 from featurestore.identity import input_digest
 from featurestore.references import read_value
 from featurestore.storage import Storage
+from featurestore.tombstones import gone_rows
 from pipelines.attempts import attempt, forget
 from pipelines.decode_apart import DecodeApart, ForwardApart
 from pipelines.encode_plan import EncodeTask, ViewPlan, folder
@@ -75,8 +78,9 @@ class Row(NamedTuple):
 class ShardEncoder:
     """Encodes shards of one view. Safe to call from several threads: one copy of the model serves them all."""
 
-    def __init__(self, storage: Storage, plan: ViewPlan, threads: int) -> None:
+    def __init__(self, storage: Storage, plan: ViewPlan, threads: int, version: int) -> None:
         self.storage, self.plan = storage, plan
+        self._gone = gone_rows(Catalog(storage).snapshot(version), plan.corpus)
         self.encoder = encoders.find(plan.encoder, plan.options)
         fingerprint = self.encoder.fingerprint()
         if views.recipe(plan.field, fingerprint) != plan.recipe:
@@ -114,16 +118,29 @@ class ShardEncoder:
         done = self.adopt(task)
         if done is not None:
             forget(self.storage, receipt)
-            return done
+            return self.counted(task, done)
         with attempt(self.storage, receipt) as cut:
             if not cut:
-                return self.make(task)
+                return self.counted(task, self.make(task))
             careful, who = copy.copy(self), (self.plan.encoder, self.plan.options)
             with (
                 DecodeApart(*who) as careful._apart,
                 ForwardApart(*who) if cut > 1 else nullcontext() as careful._forward_apart,
             ):
-                return careful.make(task)
+                return self.counted(task, careful.make(task))
+
+    def counted(self, task: EncodeTask, made: Result) -> Result:
+        """A shard's Result without what was rejected of samples that are gone: nobody reads them, and no failure budget is
+        theirs. A file outside the store that changed would else be counted against every later view.
+        """
+        if task.shard not in self._gone or not made.rejected:
+            return made
+        (quarantine,) = (entry for entry in map(Entry._make, json.loads(made.entries)) if entry.kind == QUARANTINE)
+        ids = self._rows(task)["id"].take(self._gone[task.shard])
+        table = artefact.read_table(artefact.read_checked(self.storage, quarantine.path, quarantine.sha256))
+        left = table.filter(pc.invert(pc.is_in(table["id"], ids)))
+        passed_over = len(table) - len(left)
+        return made._replace(tried=made.tried - passed_over, rejected=len(left))
 
     def adopt(self, task: EncodeTask) -> Result | None:
         """The Result of a shard that an earlier run finished, or None."""
@@ -291,10 +308,11 @@ class EncodeWork(NamedTuple):
 
     storage: str
     plan: ViewPlan
+    version: int
 
     def open(self, threads: int) -> ShardEncoder:
         """The encoder, loaded: one copy of the model a process."""
-        encoder = ShardEncoder(Storage.from_json(self.storage), self.plan, threads)
+        encoder = ShardEncoder(Storage.from_json(self.storage), self.plan, threads, self.version)
         encoder.load()
         return encoder
 
@@ -306,17 +324,10 @@ class EncodeWork(NamedTuple):
 class Encode(beam.PTransform):
     """PCollection of (number, EncodeTask) -> PCollection of keyed Results."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        plan: ViewPlan,
-        processes: int = 1,
-        hints: Mapping[str, str] | None = None,
-        work: Work | None = None,
-    ) -> None:
+    def __init__(self, view: str, work: Work, processes: int = 1, hints: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self._hints = hints or {}
-        self._do_fn = InFlight(f"encode {plan.name}", work or EncodeWork(storage.to_json(), plan), processes)
+        self._do_fn = InFlight(f"encode {view}", work, processes)
 
     def expand(self, tasks: beam.PCollection) -> beam.PCollection:
         """PCollection of (number, EncodeTask) -> PCollection of keyed Results."""
@@ -330,13 +341,17 @@ def build(
     plan: ViewPlan,
     tasks: list[EncodeTask],
     budget: float,
+    version: int,
     hints: Mapping[str, str] | None = None,
 ) -> None:
-    """Puts the encode job of one view into a pipeline: every stale shard, then one commit; hints are of the encode step."""
+    """Puts the encode job of one view into a pipeline: every stale shard of the store's version, then one commit; hints are of
+    the encode step.
+    """
     scopes = [Scope(views.VIEW, plan.name, plan.recipe), Scope(QUARANTINE, f"encode/{plan.name}", plan.recipe)]
+    work = EncodeWork(storage.to_json(), plan, version)
     (
         job.pipeline
         | "Tasks" >> beam.Create(list(enumerate(tasks)), reshuffle=False).with_output_types(tuple[int, EncodeTask])
-        | "Encode" >> Encode(storage, plan, job.workers, hints)
+        | "Encode" >> Encode(plan.name, work, job.workers, hints)
         | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget, sum(task.rows for task in tasks))
     )

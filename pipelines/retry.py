@@ -1,11 +1,11 @@
 """Trying quarantined values again: what is mended comes in at its place, and nothing is renumbered or done anew.
 
 Of a corpus, one worker goes through the source for the samples that the shard stage rejected a value of. Of these only the
-rejected values are fetched, in parallel by shards. A shard of which at least one value comes in is written anew under its own
-key, with the same ids in the same order: its other values are copied from its tar as bytes. A sample that is another
-than the stored one in more than its rejected values is left to the next ingest, as a changed one. The id index takes on the
-etags of the samples that were tried, so that the next plan finds nothing changed. A shard of which nothing comes in is left as
-it is: trying again what nobody mended changes no byte of the store.
+rejected values are fetched, in parallel by shards. A shard of which at least one value comes in, or is rejected for another
+reason now, is written anew under its own key, with the same ids in the same order: its other values are copied from its tar as
+bytes. A sample that is another than the stored one in more than its rejected values is left to the next ingest, as a changed
+one. The id index takes on the etags of the samples that were tried, so that the next plan finds nothing changed. Any other
+shard is left as it is: trying again what nobody mended changes no byte of the store.
 
 Of a view, what its encoder rejected is given to it again, beside what is new in remade shards; all else is copied (encode.py).
 
@@ -30,7 +30,6 @@ from featurestore.errors import AlignmentError, DecodeError
 from featurestore.identity import hash64, input_digest
 from featurestore.ids import IDS
 from featurestore.storage import Storage
-from featurestore.tombstones import gone_rows
 from pipelines.decode_apart import DecodeApart
 from pipelines.encode import Encode, ShardEncoder
 from pipelines.encode_plan import EncodeTask, ViewPlan
@@ -136,8 +135,9 @@ class ShardRetrier(ShardWriter):
         for sample, values in fetched:
             seen.append((sample, values))
             tried += len(values)
-            if any(isinstance(outcome, Fetched) for _, outcome in values.values()):
-                # Only now is anything written; what came before has no bytes.
+            before = self._shard.rejected[sample.id]
+            if any(_differs(outcome, before[field]) for field, (_, outcome) in values.items()):
+                # Only now is anything written; of what came before no outcome is another.
                 return self._remake(itertools.chain(seen, fetched))
         return self._as_it_is()._replace(computed=tried)
 
@@ -228,6 +228,10 @@ class ShardRetrier(ShardWriter):
         return member | {"offset": tar.add(header, raw)}
 
 
+def _differs(outcome: Fetch, rejected: dict[str, Any]) -> bool:
+    return isinstance(outcome, Fetched) or outcome.reason != rejected["reason"]
+
+
 def _read(storage: Storage, quarantine: Entry) -> list[dict[str, Any]]:
     table = artefact.read_table(artefact.read_checked(storage, quarantine.path, quarantine.sha256))
     return list(table.to_pylist())
@@ -312,10 +316,6 @@ def build(job: Job, storage: Storage, corpus: dict[str, Any], version: int, shar
 class ViewRetrier(ShardEncoder):
     """Gives the encoder what it rejected of a view's shards again, and what is new in them."""
 
-    def __init__(self, storage: Storage, plan: ViewPlan, threads: int, version: int) -> None:
-        super().__init__(storage, plan, threads)
-        self._gone = gone_rows(Catalog(storage).snapshot(version), plan.corpus)
-
     def encode(self, task: EncodeTask) -> Result:
         """The shard with what came in, or as it is; `computed` counts the values that were tried."""
         earlier = self.earlier(task)
@@ -324,7 +324,7 @@ class ViewRetrier(ShardEncoder):
         with DecodeApart(self.plan.encoder, self.plan.options) as apart:
             careful = copy.copy(self)
             careful._apart = apart
-            return careful.make_from(task, earlier.without(again))
+            return self.counted(task, careful.make_from(task, earlier.without(again)))
 
 
 class RetryViewWork(NamedTuple):
@@ -361,6 +361,6 @@ def build_view(
     (
         job.pipeline
         | "Tasks" >> beam.Create(list(enumerate(tasks)), reshuffle=False).with_output_types(tuple[int, EncodeTask])
-        | "Encode" >> Encode(storage, plan, job.workers, hints, work)
+        | "Encode" >> Encode(plan.name, work, job.workers, hints)
         | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget, rows, version)
     )

@@ -252,7 +252,7 @@ def _overhead(folder: Path) -> list[Bar]:
 
 
 def _bare(storage: Storage, planned: encode_plan.ViewPlan, tasks: list[encode_plan.EncodeTask]) -> None:
-    work = encode.EncodeWork(storage.to_json(), planned)
+    work = encode.EncodeWork(storage.to_json(), planned, Catalog(storage).snapshot().version)
     opened = work.open(len(CORES))
     with ThreadPoolExecutor(InFlight.SHARDS_IN_FLIGHT) as pool:
         results = list(pool.map(lambda task: work.do(opened, task), tasks))
@@ -265,7 +265,7 @@ def _bare(storage: Storage, planned: encode_plan.ViewPlan, tasks: list[encode_pl
 
 def _beam(storage: Storage, planned: encode_plan.ViewPlan, tasks: list[encode_plan.EncodeTask]) -> None:
     job = Job()
-    encode.build(job, storage, planned, tasks, 0.0)
+    encode.build(job, storage, planned, tasks, 0.0, Catalog(storage).snapshot().version)
     job.run()
 
 
@@ -307,8 +307,10 @@ def _one_by_one(made: Made, folder: Path) -> list[float]:
     spec, store = _copy(made, folder)
     loaded = specs.load(spec)
     (planned,) = planning.view_plans(loaded)
-    tasks = encode_plan.stale(Catalog(loaded.store).snapshot(), planned, {})
-    alone = Workers(encode.EncodeWork(loaded.store.to_json(), planned), processes=1, at_once=1, threads=1)
+    snapshot = Catalog(loaded.store).snapshot()
+    tasks = encode_plan.stale(snapshot, planned, {})
+    work = encode.EncodeWork(loaded.store.to_json(), planned, snapshot.version)
+    alone = Workers(work, processes=1, at_once=1, threads=1)
     seconds = []
     try:
         for task in tasks:

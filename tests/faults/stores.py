@@ -60,8 +60,9 @@ def shard_corpus(storage: Storage, corpus: dict[str, Any]) -> None:
 def encode_view(storage: Storage, name: str, encoder: str, options: dict[str, Any] | None = None) -> None:
     """The encode stage of one view, its shards one after the other without Beam."""
     plan = encode_plan.view_plan(name, "planted", "sound", encoder, options or {}, "audio")
-    tasks = encode_plan.stale(Catalog(storage).snapshot(), plan, encode_plan.listed(storage, plan))
-    worker = encode.ShardEncoder(storage, plan, threads=2)
+    snapshot = Catalog(storage).snapshot()
+    tasks = encode_plan.stale(snapshot, plan, encode_plan.listed(storage, plan))
+    worker = encode.ShardEncoder(storage, plan, threads=2, version=snapshot.version)
     scopes = [runner.Scope(VIEW, name, plan.recipe), runner.Scope(QUARANTINE, f"encode/{name}", plan.recipe)]
     publish(storage, [worker.encode(task) for task in tasks], scopes)
 

@@ -187,7 +187,7 @@ def test_a_shard_left_by_a_killed_run_is_adopted_and_its_receipt_goes(small: Mad
     files, before = store.storage.list("views"), store.digest()
     store.storage.touch(receipt)
     (planned,) = [each for each in plan.view_plans(load(made.spec)) if each.name == "loud"]
-    worker = encode.ShardEncoder(store.storage, planned, threads=1)
+    worker = encode.ShardEncoder(store.storage, planned, threads=1, version=store.version)
     tasks = encode_plan.stale(store.snapshot, planned, {})
     (task,) = [each for each in tasks if each.shard == entry.shard]
     assert worker.encode(task).computed == 0

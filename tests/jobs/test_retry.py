@@ -333,6 +333,18 @@ def test_a_sample_that_changed_in_more_is_left_to_the_next_run(copy: Made, spoil
     assert verify(copy.open().storage).ok
 
 
+def test_another_reason_is_told_in_place_and_the_next_run_has_nothing_to_do(copy: Made) -> None:
+    bad, before = bad_of(copy), copy.open().corpus("planted").to_arrow()["id"]
+    bad.sounds[bad.missing].write_bytes(b"")
+    assert "0 in now" in retry(copy)
+    (row,) = [row for row in _all_quarantined(copy.open()) if row["id"] == bad.missing]
+    assert row["reason"] == "empty"
+    assert states(copy) == FRESH
+    assert copy.open().corpus("planted").to_arrow()["id"] == before
+    run(copy)
+    assert verify(copy.open().storage).ok
+
+
 def test_an_etag_as_it_was_needs_no_look_at_the_rest(
     copy: Made, spoilt: Made, fetched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

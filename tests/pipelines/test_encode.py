@@ -49,7 +49,7 @@ class Bench:
         return encode_plan.stale(Catalog(self.storage).snapshot(), self.plan, listing)
 
     def worker(self) -> encode.ShardEncoder:
-        return encode.ShardEncoder(self.storage, self.plan, self.threads)
+        return encode.ShardEncoder(self.storage, self.plan, self.threads, Catalog(self.storage).snapshot().version)
 
     def path(self, key: str) -> Path:
         return Path(self.storage.root) / key
@@ -299,13 +299,13 @@ def test_rows_that_are_not_those_of_the_task_are_not_encoded(bench: Bench) -> No
 def test_a_worker_with_another_encoder_than_the_plan_refuses(bench: Bench) -> None:
     wrong = bench.plan._replace(recipe=views.recipe("sound", "0" * 64))
     with pytest.raises(AlignmentError, match="has another fingerprint on this worker"):
-        encode.ShardEncoder(bench.storage, wrong, threads=1)
+        encode.ShardEncoder(bench.storage, wrong, threads=1, version=0)
 
 
 def test_the_job_encodes_what_is_stale_in_one_commit(bench: Bench, sharded: Storage, tmp_path: Path) -> None:
     before = Catalog(bench.storage).snapshot().version
     job = Job()
-    encode.build(job, bench.storage, bench.plan, bench.tasks(), 0.2)
+    encode.build(job, bench.storage, bench.plan, bench.tasks(), 0.2, before)
     job.run()
     snapshot = Catalog(bench.storage).snapshot()
     assert snapshot.version == before + 1
@@ -319,8 +319,8 @@ def test_the_job_encodes_what_is_stale_in_one_commit(bench: Bench, sharded: Stor
 
 
 def test_a_view_past_the_budget_publishes_nothing(bench: Bench) -> None:
-    job = Job()
-    encode.build(job, bench.storage, bench.plan, bench.tasks(), 0.0)
+    job, version = Job(), Catalog(bench.storage).snapshot().version
+    encode.build(job, bench.storage, bench.plan, bench.tasks(), 0.0, version)
     with pytest.raises(BudgetExceeded, match=r"encode sound: 1 of \d+ values were rejected .* e\.g\. sound of '"):
         job.run()
     assert Catalog(bench.storage).snapshot().names(VIEW) == []

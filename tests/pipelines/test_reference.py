@@ -273,6 +273,20 @@ def test_a_changed_file_comes_in_with_the_next_ingest_and_nothing_is_left_to_fin
     assert verify(after.storage).ok
 
 
+def test_what_a_tombstone_is_of_is_no_failure_of_a_later_view(sounds: Sounds) -> None:
+    shard, row, sample_id, path = sounds.sounds()[5]
+    spoiled(path)
+    sounds.run("shard")
+    sounds.text = sounds.text.replace("failure_budget: 20%", "failure_budget: 0%").replace("  loud:", "  later:")
+    store = sounds.run("encode")
+    view = store.view("later")
+    assert {each["id"]: each["present"] for each in view.to_arrow(["id", "present"]).to_pylist()}[sample_id]
+    stored = store.snapshot.entries("view", "later").find(shard)
+    assert stored is not None
+    assert artefact.read_table(store.storage.read(stored.path))["miss_reason"][row].as_py() == "changed"
+    assert verify(store.storage).ok
+
+
 def test_a_file_that_cannot_be_read_now_fails_the_job_and_loses_nothing(
     sounds: Sounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
