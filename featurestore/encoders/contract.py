@@ -4,6 +4,7 @@ Each check gives what does not hold. Values are made here, of each modality a fe
 """
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from featurestore.errors import DecodeError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "examples", "image", "readings", "sound"]
+__all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "examples", "image", "readings", "sound", "values"]
 
 BATCH_TOLERANCE = 1e-4
 """By how much a component may move with the size of its batch: this, and a hundred-thousandth of itself."""
@@ -109,6 +110,12 @@ def examples(modality: str) -> list[bytes]:
     return EXAMPLES[modality]()
 
 
+def values(encoder: BaseEncoder) -> list[Any]:
+    """Examples of what an encoder reads, decoded: of several fields at once, samples that have all."""
+    samples = zip(*(examples(modality) for modality in encoder.reads), strict=True)
+    return [encoder.joined([encoder.decode_field(raw, place) for place, raw in enumerate(raws)]) for raws in samples]
+
+
 def shape(encoder: BaseEncoder, values: Sequence[Any]) -> Iterator[str]:
     """One float32 row of `dim` components a value; none of no values."""
     made, none = encoder.encode(values), encoder.encode([])
@@ -150,9 +157,9 @@ def finite(encoder: BaseEncoder, values: Sequence[Any]) -> Iterator[str]:
 
 def rejects(encoder: BaseEncoder, values: Sequence[Any]) -> Iterator[str]:
     """Bytes that are no value raise DecodeError when they are decoded, and nothing else."""
-    for bad in BAD:
+    for place, bad in itertools.product(range(len(encoder.reads)), BAD):
         try:
-            encoder.decode(bad)
+            encoder.decode_field(bad, place)
         except DecodeError as error:
             if error.reason not in media.REASONS:
                 yield f"reason {error.reason!r}; allowed: {', '.join(media.REASONS)}"
