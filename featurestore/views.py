@@ -46,7 +46,10 @@ def inputs(rows: pa.Table, field: str) -> Iterator[tuple[bool, str | None, bytes
         field: the view's.
     """
     columns = [
-        zip(*(pc.struct_field(rows[name], part).to_pylist() for part in ("present", "miss_reason", "digest")), strict=True)
+        zip(
+            *(pc.struct_field(rows[name], part).to_pylist() for part in ("present", "miss_reason", "digest")),
+            strict=True,
+        )
         for name in fields_of(field)
     ]
     for members in zip(*columns, strict=True):

@@ -350,9 +350,7 @@ class ShardEncoder:
             for _, _, outcome in waiting:
                 outcome.cancel()
 
-    def _proven(
-        self, task: EncodeTask, batch: list[Row], outcomes: list[Outcome]
-    ) -> Iterator[tuple[Row, Outcome]]:
+    def _proven(self, task: EncodeTask, batch: list[Row], outcomes: list[Outcome]) -> Iterator[tuple[Row, Outcome]]:
         for row, outcome in zip(batch, outcomes, strict=True):
             for value, digest in zip(row.values, outcome.digests, strict=True):
                 if value is not None and digest != value.digest:

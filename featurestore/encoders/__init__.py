@@ -43,7 +43,15 @@ __all__ = [
 # Modules of this package that encoders share: no encoders themselves.
 _SHARED = frozenset(
     (
-        *("audio_processors", "checkpoints", "contract", "endpoint", "image_processors", "joint_idefics", "joint_perceiver"),
+        *(
+            "audio_processors",
+            "checkpoints",
+            "contract",
+            "endpoint",
+            "image_processors",
+            "joint_idefics",
+            "joint_perceiver",
+        ),
         *("joint_regions", "mel", "option_errors", "runtime"),
     )
 )

@@ -89,7 +89,9 @@ class Encoder(CheckpointEncoder):
         side = self.in_config("patch_size")
         shape = values[0].shape[-2] // side, values[0].shape[-1] // side
         if hidden.shape[1] - 1 != shape[0] * shape[1]:
-            raise self.unfit(f"its {hidden.shape[1]} places are no grid of patches of {side} pixels behind a class token")
+            raise self.unfit(
+                f"its {hidden.shape[1]} places are no grid of patches of {side} pixels behind a class token"
+            )
         return hidden[:, 1:], shape
 
     def _run(self, values: Sequence[NDArray[np.float32]]) -> Any:

@@ -44,7 +44,9 @@ class Perceiver:
         if sorted(reads) != ["audio", "video"]:
             raise owner.unfit(f"it reads a video and a sound, in either order, not {options.modality}")
         if options.dtype != "float32":
-            raise owner.unfit(f"option 'dtype' = {options.dtype!r}: transformers mixes it with float32; allowed: float32")
+            raise owner.unfit(
+                f"option 'dtype' = {options.dtype!r}: transformers mixes it with float32; allowed: float32"
+            )
         self._video, self._audio = reads.index("video"), reads.index("audio")
         self._processor = ImageProcessor(owner)
         self._frames, self._samples = owner.in_config("num_frames"), owner.in_config("audio_samples_per_frame")

@@ -93,7 +93,9 @@ class Regions:
         length = min(self._max_tokens, tokenizer.model_max_length)
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         there = [place for place, value in enumerate(values) if value[self._image] is not None]
-        patches_PRD, shape = self.images.patches([values[place][self._image] for place in there]) if there else (None, (1, 1))
+        patches_PRD, shape = (
+            self.images.patches([values[place][self._image] for place in there]) if there else (None, (1, 1))
+        )
         feed = self._lxmert if self._is_lxmert else self._visual_bert
         visual = feed(model, len(values), there, patches_PRD, shape)
         output = model(**tokens.to(model.device), **visual)
