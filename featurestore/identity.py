@@ -40,7 +40,7 @@ def input_digest(raw: bytes) -> bytes:
 
 
 def joined_digest(digests: Sequence[bytes | None]) -> bytes | None:
-    """The 8 bytes that a sample's values of some fields, in order, are known by; None where it has none. One value's are its own."""
+    """The 8 bytes that a sample's values of some fields in order are known by; None without any. One field's are its own."""
     if len(digests) == 1 or not any(digests):
         return digests[0]
     return input_digest(b"".join(b"\0" if digest is None else b"\1" + digest for digest in digests))

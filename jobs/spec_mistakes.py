@@ -295,8 +295,8 @@ def _references(spec: Any) -> Iterator[tuple[Place, Any, list[str], str]]:
     fields, views = list(_entries(spec.get("corpus"), "fields")), list(_entries(spec, "views"))
     spaces, known = _entries(spec, "spaces"), encoders.keys()
     for name, view in _entries(spec, "views").items():
-        for place, field in _read(view):
-            yield ("views", name, *place), field, fields, "a field of this corpus"
+        for place, source in _read(view):
+            yield ("views", name, *place), source, fields, "a field of this corpus"
         yield ("views", name, "encoder"), view.get("encoder"), known, "an encoder"
     for section in ("spaces", "training_sets"):
         for name, entry in _entries(spec, section).items():
@@ -350,7 +350,8 @@ def _of_encoders(tree: Document) -> Iterator[Mistake]:
         each = [fields.get(source, {}).get("modality") if isinstance(source, str) else None for source in sources]
         known_all = bool(each) and all(isinstance(modality, str) for modality in each)
         has, takes = "+".join(map(str, each)) if known_all else None, encoders.modalities(key)
-        said = f"field{'s' * (len(each) > 1)} {', '.join(map(_shown, sources))} {'is' if len(each) == 1 else 'are'} {_shown(has)}"
+        noun, verb = ("field", "is") if len(each) == 1 else ("fields", "are")
+        said = f"{noun} {', '.join(map(_shown, sources))} {verb} {_shown(has)}"
         fits = has is not None and encoders.takes(key, has)
         if has is not None and not fits:
             yield tree.mistake(("views", name, "encoder"), f"{_shown(key)} takes {' or '.join(takes)}, but {said}")

@@ -196,7 +196,7 @@ class Row(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a sample: its vector, or None; of each of its values the digest of what was read, and why it was rejected."""
+    """What came of a sample: its vector, or None; of each of its values the digest of its bytes, and why it was rejected."""
 
     vector: np.ndarray | None
     digests: tuple[bytes | None, ...]

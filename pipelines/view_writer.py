@@ -121,7 +121,7 @@ class Earlier(NamedTuple):
         return self._replace(digests=[None if row in rows else digest for row, digest in enumerate(self.digests)])
 
     def kept(self, ids: list[str], digests: list[bytes | None]) -> dict[int, list[dict[str, Any]]]:
-        """Row -> what was rejected of it, as it stands in the quarantine: the rows made from the values that these digests are of.
+        """Row -> its rows of the quarantine, where it was made from the values that these digests are of.
 
         Raises:
             AlignmentError: a vector is not bound to its sample and its input; it would be by being copied.

@@ -82,7 +82,7 @@ class Encoder(CheckpointEncoder):
         return vectors
 
     def patches(self, values: Sequence[NDArray[np.float32]]) -> tuple[Any, tuple[int, int]]:
-        """Run the network on one batch: [B, T, D] of its patches or cells, row by row, and how many rows and columns there are."""
+        """Run the network on one batch: [B, T, D] of its patches or cells, row by row, and the number of rows and columns."""
         hidden = self._run(values).last_hidden_state
         if hidden.ndim == 4:
             return hidden.flatten(2).transpose(1, 2), (hidden.shape[2], hidden.shape[3])

@@ -9,7 +9,7 @@ What a checkpoint reads is its architecture's, and so is what it is given for a 
 | `visual_bert` | an image and a text | masked | an empty text | the model's pooled one |
 | `lxmert` | an image and a text | regions of zeros, in boxes of zeros | an empty text | the model's pooled one |
 | `perceiver` | a video and a sound | masked | masked | the mean of the latents |
-| `idefics` | images and texts, in the order of the fields | left out of the prompt | left out of the prompt | the last token's |
+| `idefics` | images and texts, in the fields' order | left out of the prompt | left out of the prompt | the last token's |
 
 More of each in joint_regions.py, joint_perceiver.py and joint_idefics.py. A query to such a view is a sample with one field.
 """
