@@ -289,10 +289,9 @@ class ShardEncoder:
         rows = self._rows(task)
         ids, fields = rows["id"].to_pylist(), views.fields_of(self.plan.field)
         members = list(zip(*(rows[field].to_pylist() for field in fields), strict=True))
-        given, absent, inputs = (list(each) for each in zip(*views.inputs(rows, self.plan.field), strict=True))
+        given, reasons, inputs = (list(each) for each in zip(*views.inputs(rows, self.plan.field), strict=True))
         matrix = np.full((task.rows, self.encoder.dim), np.nan, np.float32)
         digests: list[bytes | None] = [None] * task.rows
-        reasons: list[str | None] = absent
         kept: dict[int, list[dict[str, Any]]] = {}
         if earlier is not None:
             kept = earlier.kept(ids, inputs)
@@ -308,14 +307,14 @@ class ShardEncoder:
             if given[row] and row not in kept
         ]
         rejected = []
-        for row, outcome in self._outcomes(task, todo):
-            digests[row.row] = joined_digest(outcome.digests)
-            each = list(zip(fields, members[row.row], outcome.errors, strict=True))
-            rejected += [rejection(row.id, name, "encode", error, m["source"]) for name, m, error in each if error]
+        for (row, sample_id, _), outcome in self._outcomes(task, todo):
+            digests[row] = joined_digest(outcome.digests)
+            each = list(zip(fields, members[row], outcome.errors, strict=True))
+            rejected += [rejection(sample_id, name, "encode", error, m["source"]) for name, m, error in each if error]
             if outcome.vector is None:
-                reasons[row.row] = "+".join(error.reason if error else m["miss_reason"] for _, m, error in each)
+                reasons[row] = "+".join(error.reason if error else m["miss_reason"] for _, m, error in each)
             else:
-                matrix[row.row] = outcome.vector
+                matrix[row] = outcome.vector
         if earlier and earlier.footer["input_sha256"] == task.sha256 and _same(rejected, earlier, todo):
             made = self._writer.result(_beside(task), earlier.placed, earlier.footer)
         else:

@@ -18,7 +18,7 @@ from featurestore.errors import DecodeError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "examples", "image", "readings", "sound", "values"]
+__all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "decoded", "examples", "image", "readings", "samples", "sound"]
 
 BATCH_TOLERANCE = 1e-4
 """By how much a component may move with the size of its batch: this, and a hundred-thousandth of itself."""
@@ -110,10 +110,14 @@ def examples(modality: str) -> list[bytes]:
     return EXAMPLES[modality]()
 
 
-def values(encoder: BaseEncoder) -> list[Any]:
-    """Examples of what an encoder reads, decoded: of several fields at once, samples that have all."""
-    samples = zip(*(examples(modality) for modality in encoder.reads), strict=True)
-    return [encoder.joined([encoder.decode_field(raw, place) for place, raw in enumerate(raws)]) for raws in samples]
+def samples(encoder: BaseEncoder) -> list[tuple[bytes, ...]]:
+    """Samples that have all the fields that an encoder reads."""
+    return list(zip(*(examples(modality) for modality in encoder.reads), strict=False))
+
+
+def decoded(encoder: BaseEncoder, sample: Sequence[bytes]) -> Any:
+    """A sample that has all of its fields, as a value for `encode`."""
+    return encoder.joined([encoder.decode_field(raw, place) for place, raw in enumerate(sample)])
 
 
 def shape(encoder: BaseEncoder, values: Sequence[Any]) -> Iterator[str]:
@@ -178,10 +182,10 @@ CHECKS: dict[str, Callable[[BaseEncoder, Sequence[Any]], Iterator[str]]] = {
 }
 
 
-def check(encoder: BaseEncoder, raws: Sequence[bytes]) -> dict[str, list[str]]:
-    """Every check -> what does not hold; nothing where it does. DecodeError where a value is rejected."""
-    values = [encoder.decode(raw) for raw in raws]
-    return {name: list(_tried(tried(encoder, values))) for name, tried in CHECKS.items()}
+def check(encoder: BaseEncoder, tried: Sequence[Sequence[bytes]]) -> dict[str, list[str]]:
+    """Every check, on samples -> what does not hold; nothing where it does. DecodeError where a value is rejected."""
+    values = [decoded(encoder, sample) for sample in tried]
+    return {name: list(_tried(each(encoder, values))) for name, each in CHECKS.items()}
 
 
 def _tried(broken: Iterator[str]) -> Iterator[str]:

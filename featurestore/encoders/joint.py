@@ -88,7 +88,8 @@ class Encoder(CheckpointEncoder):
 
     def weights(self) -> dict[str, Path]:
         """Return every file of the checkpoint that is read, and of that of images."""
-        return super().weights() | self._family.weights()
+        own: dict[str, Path] = self._family.weights()
+        return super().weights() | own
 
     def address(self) -> dict[str, Any]:
         """Say where the checkpoints are."""

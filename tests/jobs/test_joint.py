@@ -21,6 +21,7 @@ from featurestore.store import FeatureStore
 from featurestore.verify import verify
 from featurestore.views import VIEW
 from jobs import plan
+from jobs.compact import compact
 from jobs.report import field_counts
 from jobs.retry import Retrier
 from jobs.run import Runner
@@ -237,6 +238,20 @@ def test_trying_again_takes_in_what_came_and_leaves_the_rest(copy: Made, monkeyp
     assert {name for name in after if after[name] != before[name]} == {"odd/gone-image"}
     np.testing.assert_allclose(after["odd/gone-image"]["embedding"], alone("a black bird", image), atol=1e-5)
     assert [each for each in verify(copy.spec.store).findings if each.kind in (VIEW, QUARANTINE)] == []
+
+
+@pytest.mark.slow
+def test_compacted_shards_have_the_same_vectors_and_rejections(copy: Made) -> None:
+    lines = (copy.folder / "birds.jsonl").read_text().splitlines(keepends=True)
+    (copy.folder / "birds.jsonl").write_text("".join(each for each in lines if PAIRS[5] not in each))
+    Runner(copy.spec, Console(quiet=True)).run()
+    before, bad = copy.rows(), copy.open().quarantine("birds").num_rows
+    compact(copy.spec, Console(quiet=True))
+    assert PAIRS[5] not in before
+    assert copy.rows() == before
+    store = copy.open()
+    assert (store.quarantine("birds").num_rows, verify(store.storage).findings) == (bad, ())
+    assert sum(entry.info()["tried"] for entry in store.snapshot.entries(VIEW, "both")) == 32 + 32
 
 
 def test_verify_tells_a_quarantine_that_is_not_that_of_its_rows(made: Made) -> None:
