@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurestore import artefact, views
@@ -210,7 +211,7 @@ def corpus_shard(
     if table is not None and look.reads("bytes"):
         with look.guard(rows):
             _referenced(look, rows, [v for v in _values(table, list(rows.info()["fields"])) if v.row not in gone])
-    rejected: set[tuple[str, str, str]] | None = None
+    rejected: _Rejected | None = None
     with look.guard(rows):
         rejected = None if table is None else _rejected(table, list(rows.info()["fields"]))
     _quarantine(look, rows, quarantine, rejected)
@@ -219,7 +220,7 @@ def corpus_shard(
 
 def view_shard(look: Inspection, view: Entry, rows: Entry, quarantine: Entry | None) -> None:
     """Inspects a view's shard against the rows that it stands beside, and its quarantine."""
-    rejected = None
+    rejected: _Rejected | None = None
     with look.guard(view):
         if look.sized(view):
             stored, count, table = look.parquet(view)
@@ -351,11 +352,11 @@ def id_of(member: str) -> str | None:
         return None
 
 
-def _view_rows(look: Inspection, view: Entry, table: pa.Table, rows: pa.Table) -> set[tuple[str, str, str]] | None:
+def _view_rows(look: Inspection, view: Entry, table: pa.Table, rows: pa.Table) -> "_Rejected | None":
     """Says which rows are not their samples'; returns what the encoder rejected, where all rows are there."""
     field, ids = view.info()["field"], rows["id"].to_pylist()
     both = min(len(table), len(ids))
-    broken = views.misaligned(table.slice(0, both), ids[:both], rows[field].slice(0, both))
+    broken = views.misaligned(table.slice(0, both), ids[:both], rows.slice(0, both), field)
     if len(table) != len(ids):
         row, problem = next(broken, (both, "here they end, or go on where the samples have ended"))
         sample_id = ids[row] if row < len(ids) else None
@@ -365,27 +366,44 @@ def _view_rows(look: Inspection, view: Entry, table: pa.Table, rows: pa.Table) -
         return None
     for row, problem in broken:
         look.say(view, problem, row, ids[row])
-    given = [member["present"] for member in rows[field].to_pylist()]
-    reasons = zip(ids, given, table["present"].to_pylist(), table["miss_reason"].to_pylist(), strict=True)
-    return {(sample_id, field, reason) for sample_id, value, present, reason in reasons if value and not present}
+    names = views.fields_of(field)
+    given = zip(*(pc.struct_field(rows[name], "present").to_pylist() for name in names), strict=True)
+    sure: set[tuple[str, str, str]] = set()
+    perhaps: set[tuple[str, str]] = set()
+    for sample_id, there, reasons in zip(ids, given, table["miss_reason"].to_pylist(), strict=True):
+        if reasons is not None:
+            each = zip(names, there, reasons.split("+"), strict=True)
+            sure |= {(sample_id, name, reason) for name, value, reason in each if value}
+        elif len(names) > 1:
+            perhaps |= {(sample_id, name) for name, value in zip(names, there, strict=True) if value}
+    return _Rejected(sure, perhaps)
 
 
-def _rejected(table: pa.Table, fields: list[str]) -> set[tuple[str, str, str]]:
+class _Rejected(NamedTuple):
+    """What rows say was rejected: (id, field, reason).
+
+    Where one of several fields has a vector without it, the row does not tell: (id, field) of what that may be is in `perhaps`.
+    """
+
+    sure: set[tuple[str, str, str]]
+    perhaps: Set[tuple[str, str]] = frozenset()
+
+
+def _rejected(table: pa.Table, fields: list[str]) -> _Rejected:
     ids = table["id"].to_pylist()
-    return {
+    sure = {
         (sample_id, field, member["miss_reason"])
         for field in fields
         for sample_id, member in zip(ids, table[field].to_pylist(), strict=True)
         if not member["present"] and member["miss_reason"] not in MISSES
     }
+    return _Rejected(sure)
 
 
-def _quarantine(
-    look: Inspection, owner: Entry, quarantine: Entry | None, rejected: set[tuple[str, str, str]] | None
-) -> None:
+def _quarantine(look: Inspection, owner: Entry, quarantine: Entry | None, rejected: _Rejected | None) -> None:
     """The quarantine must hold what the rows say was rejected; `rejected` is None where that is not known."""
     if quarantine is None:
-        for sample_id, field, reason in sorted(rejected or ()):
+        for sample_id, field, reason in sorted(rejected.sure if rejected else ()):
             look.say(owner, f"{field} was rejected ({reason}), and no quarantine is there", sample_id=sample_id)
         return
     with look.guard(quarantine):
@@ -397,7 +415,8 @@ def _quarantine(
             look.say(quarantine, "its columns are not those of a quarantine")
         elif table is not None and rejected is not None:
             listed = set(zip(*(table[name].to_pylist() for name in ("id", "field", "reason")), strict=True))
-            for sample_id, field, reason in sorted(listed ^ rejected):
+            listed = {each for each in listed if each[:2] not in rejected.perhaps}
+            for sample_id, field, reason in sorted(listed ^ rejected.sure):
                 where = "here only" if (sample_id, field, reason) in listed else "in the rows only"
                 look.say(quarantine, f"{field} was rejected ({reason}) {where}", sample_id=sample_id)
 

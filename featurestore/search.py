@@ -112,7 +112,7 @@ class _Place(NamedTuple):
     def raw(self, modality: str) -> bytes | None:
         corpus = self.view.corpus
         fields = [name for name, kind in corpus.fields.items() if kind == modality]
-        fields.sort(key=lambda name: name != self.view.field)
+        fields.sort(key=lambda name: name not in self.view.fields)
         for name in fields:
             value = corpus.value(self.shard, self.row, name)
             if value is not None:
@@ -288,15 +288,21 @@ class Query:
     def __init__(self) -> None:
         self._encoders: dict[str, encoders.BaseEncoder] = {}
 
-    def encode(self, view: View, raw: bytes) -> np.ndarray:
+    def encode(self, view: View, raw: bytes, modality: str) -> np.ndarray:
         """float32 [1, view dim] of one raw value, as the pipeline would encode it.
+
+        To a view of several fields it is a sample with the first field of its modality, and without the others.
 
         Raises:
             DecodeError: the value cannot be decoded.
             StoreError: this machine's encoder is not the one that the view was made with.
         """
         encoder = self._encoder(view)
-        return encoder.encode([encoder.decode_query(raw)])
+        if len(encoder.reads) == 1:
+            return encoder.encode([encoder.decode_query(raw)])
+        place = encoder.reads.index(modality)
+        parts = [encoder.decode_field(raw, place) if at == place else None for at in range(len(encoder.reads))]
+        return encoder.encode([encoder.joined(parts)])
 
     def _encoder(self, view: View) -> encoders.BaseEncoder:
         card = view.encoder

@@ -140,7 +140,8 @@ class FeatureStore:
             audio: a sound file's path or bytes.
             vector: float [d]: of view `via` (as its encoder gives it), or of the index's space where `via` is None, of any
                 length but 0.
-            via: the view whose encoder reads the query; needed where several views have its modality.
+            via: the view whose encoder reads the query; needed where several views have its modality. One of several fields
+                reads it as a sample that has no other.
             k: how many; at least 1.
             where: an SQL condition over the corpus's columns, e.g. `label = 'animals'`.
             modality: only hits through views of this modality, one that the index has, e.g. `image`.
@@ -167,10 +168,10 @@ class FeatureStore:
 
     def _encoded(self, index: Index, kind: str, value: Any, via: str | None) -> np.ndarray:
         view = index.via(via, kind)
-        if view.modality != kind:
+        if kind not in view.modality.split("+"):
             raise InputError(f"via {view.name!r}: this view reads {view.modality}, not {kind}")
         try:
-            encoded = self._query.encode(view, _raw(kind, value))
+            encoded = self._query.encode(view, _raw(kind, value), kind)
         except DecodeError as error:
             given = f"{kind} {str(value)!r}" if isinstance(value, str | os.PathLike) else f"the {kind} given"
             raise InputError(f"{given} cannot be searched by: {error}; give another {kind}") from error

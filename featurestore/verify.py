@@ -273,7 +273,8 @@ def _covers(look: Inspection, snapshot: Snapshot, name: str) -> None:
     if not shards:
         look.say(entries[0], f"its corpus {info['corpus']!r} is not in the catalog")
         return
-    modality = Corpus(snapshot, info["corpus"]).fields.get(info["field"])
+    fields = Corpus(snapshot, info["corpus"]).fields
+    modality = "+".join(str(fields.get(name)) for name in views.fields_of(info["field"]))
     if modality != info["encoder"]["modality"]:
         look.say(
             entries[0], f"reads field {info['field']!r} as {info['encoder']['modality']}; the corpus has {modality}"

@@ -1,8 +1,13 @@
-"""Feature views: the vectors of one (field, encoder), row for row beside their corpus.
+"""Feature views: the vectors of one (field, encoder), or of several fields, row for row beside their corpus.
 
 A view shard is a Parquet file with the columns `present, embedding, input_digest, row_digest, miss_reason`, in the
 order of its corpus shard's rows, and a footer that says what it was made from. Readers prove the footer and every row
 before they hand out a row.
+
+Where an encoder reads several fields at once, `field` is their names in order with `+` between them. A row then has a vector
+where its sample has a value of any of them, and its `input_digest` is over the digests of all (`identity.joined_digest`). A
+value that the encoder rejected is in quarantine; the vector is made of the others, if there are any, else `miss_reason` has a
+reason for each field, in order, with `+` between them.
 
 While a corpus grows, its view has not all of its shards. Each that it has is as good as ever, so a view is read at those: its
 rows are those of the corpus shards that it covers. What needs every sample, or several views of the same ones, opens them with
@@ -22,10 +27,35 @@ from featurestore.arguments import several, whole_number
 from featurestore.catalog import Entries, Entry, Snapshot
 from featurestore.corpora import ROWS, Corpus
 from featurestore.errors import AlignmentError, InputError, NotFound, StoreError
-from featurestore.identity import DIGEST_BYTES, digest_of, row_digest
+from featurestore.identity import DIGEST_BYTES, digest_of, joined_digest, row_digest
 
 VIEW = "view"
 COLUMNS = ("id", "present", "embedding", "input_digest", "row_digest", "miss_reason")
+
+
+def fields_of(field: str) -> list[str]:
+    """The names of the fields that a view reads, in order."""
+    return field.split("+")
+
+
+def inputs(rows: pa.Table, field: str) -> Iterator[tuple[bool, str | None, bytes | None]]:
+    """Of each row of a corpus shard: whether a view has an input of it, why not, and the input's digest.
+
+    Args:
+        rows: with the columns of the view's fields.
+        field: the view's.
+    """
+    columns = [
+        zip(
+            *(pc.struct_field(rows[name], part).to_pylist() for part in ("present", "miss_reason", "digest")),
+            strict=True,
+        )
+        for name in fields_of(field)
+    ]
+    for members in zip(*columns, strict=True):
+        present = any(member[0] for member in members)
+        absent = None if present else "+".join(member[1] for member in members)
+        yield present, absent, joined_digest([member[2] for member in members])
 
 
 def recipe(field: str, fingerprint: str) -> str:
@@ -76,20 +106,20 @@ def unmet(stored: pa.Schema, rows: int, entry: Entry, corpus_shard: Entry) -> li
     return broken
 
 
-def misaligned(table: pa.Table, ids: Sequence[str], field: pa.ChunkedArray) -> Iterator[tuple[int, str]]:
+def misaligned(table: pa.Table, ids: Sequence[str], rows: pa.Table, field: str) -> Iterator[tuple[int, str]]:
     """(row, what does not hold) of every row of a view shard that is not that of its sample, in order.
 
     Args:
         table: the view shard as it lies on disk.
         ids: the ids of its corpus shard, in order; as many as the table has rows.
-        field: the corpus's column of the view's field.
+        rows: the corpus shard; as many rows.
+        field: the view's.
     """
     matrix = vectors.matrix(table["embedding"])
     finite, nan = np.isfinite(matrix).all(axis=1).tolist(), np.isnan(matrix).all(axis=1).tolist()
     stored = (table[name].to_pylist() for name in ("present", "miss_reason", "input_digest", "row_digest"))
-    member = (pc.struct_field(field, name).to_pylist() for name in ("present", "miss_reason", "digest"))
-    columns = zip(range(len(table)), ids, matrix, finite, nan, *stored, *member, strict=True)
-    for row, sample_id, vector, whole, empty, present, reason, value, bound, given, absent, digest in columns:
+    columns = zip(range(len(table)), ids, matrix, finite, nan, *stored, inputs(rows, field), strict=True)
+    for row, sample_id, vector, whole, empty, present, reason, value, bound, (given, absent, digest) in columns:
         if value != digest:
             yield row, f"input_digest {_hex(value)} is not that of the corpus ({_hex(digest)}): made from another value"
         elif bound != row_digest(sample_id, value, vector.tobytes()):
@@ -135,6 +165,8 @@ class View:
     """A view at one version of the store.
 
     Attributes:
+        field: the name of its field; of several, in order, with `+` between them.
+        fields: their names.
         shards: the catalog's entries of the corpus shards that it covers, in order; its rows are theirs.
         unencoded: the number of shards that the corpus has and the view has not yet.
     """
@@ -151,6 +183,7 @@ class View:
         info = entries[0].info()
         self.recipe = entries[0].recipe
         self.field: str = info["field"]
+        self.fields = fields_of(self.field)
         self.encoder: dict[str, Any] = info["encoder"]
         self.corpus = Corpus(snapshot, info["corpus"])
         self._entries = entries
@@ -190,7 +223,7 @@ class View:
 
     @property
     def modality(self) -> str:
-        """Modality of the field."""
+        """Modality of the field; of several, in order, with `+` between them."""
         return str(self.encoder["modality"])
 
     @property
@@ -233,7 +266,7 @@ class View:
             table = artefact.read_table(content).replace_schema_metadata(None)
         if shard not in self._proven:
             ids = self.corpus.ids(shard)
-            for row, problem in misaligned(table, ids, self.corpus.read(shard)[self.field]):
+            for row, problem in misaligned(table, ids, self.corpus.read(shard), self.field):
                 raise AlignmentError(
                     f"{entry.path}: {problem}; shard {shard}, row {row}, id {ids[row]!r} of view {self.name!r}: run "
                     "`braid verify`"

@@ -19,21 +19,26 @@ def check_encoder(cls: str, arguments: dict[str, Any], values: list[bytes], cons
     Args:
         cls: `module:Class`, found from the working directory too.
         arguments: what the class is made with.
-        values: raw values to try it on; without any, Braid's own examples of its modality.
+        values: raw values to try it on, of several fields those of each sample in turn; without any, Braid's own examples.
         console: where to.
 
     Raises:
-        InputError: there is no such class, or Braid has no examples of its modality and none are given.
+        InputError: there is no such class, values of a sample are missing, or Braid has no examples and none are given.
         BraidError: it raises on a value that it should take.
     """
     sys.path.insert(0, os.getcwd())
     encoder = encoders.find("torch", {"class": cls, "arguments": arguments})
-    if not values and encoder.modality not in contract.EXAMPLES:
+    if not values and not {*encoder.reads} <= {*contract.EXAMPLES}:
         raise InputError(f"there are no examples of {encoder.modality}: give files to try it on, with --value FILE")
-    raws = values or contract.examples(encoder.modality)
-    console.print(f"{cls}: {encoder.modality}, {encoder.dim} components, {len(raws)} values", markup=False)
+    size = len(encoder.reads)
+    if len(values) % size:
+        raise InputError(
+            f"{len(values)} values: {cls} reads {encoder.modality}, so give {size} for each sample, in order"
+        )
+    samples = [values[at : at + size] for at in range(0, len(values), size)] or contract.samples(encoder)
+    console.print(f"{cls}: {encoder.modality}, {encoder.dim} components, {len(samples)} values", markup=False)
     try:
-        found = contract.check(encoder, raws)
+        found = contract.check(encoder, samples)
     except DecodeError as error:
         raise BraidError(
             f"{cls} rejects a value that it is tried on: {error}; give it others with --value FILE"

@@ -89,7 +89,7 @@ def raw_rate(view: View) -> float:
     encoder = encoders.find_as(view.encoder)
     tune_process()
     encoder.load()
-    values = _decoded(view.corpus, view.field, encoder)
+    values = _decoded(view, encoder)
     values.sort(key=encoder.length)
     size, threads = encoder.batch_size, len(os.sched_getaffinity(0))
     batches = [values[start : start + size] for start in range(0, len(values), size)]
@@ -102,16 +102,17 @@ def raw_rate(view: View) -> float:
         return done / (time.monotonic() - begun)
 
 
-def _decoded(corpus: Corpus, field: str, encoder: encoders.BaseEncoder) -> list[Any]:
+def _decoded(view: View, encoder: encoders.BaseEncoder) -> list[Any]:
     decoded: list[Any] = []
-    for shard in corpus.shards:
-        for raw in corpus.values(shard.shard, field):
-            if raw is None or len(decoded) >= RAW_VALUES:
+    for shard in view.corpus.shards:
+        for raws in zip(*(view.corpus.values(shard.shard, field) for field in view.fields), strict=True):
+            if not any(raws) or len(decoded) >= RAW_VALUES:
                 continue
             try:
-                decoded.append(encoder.decode(raw))
+                parts = [each and encoder.decode_field(each, place) for place, each in enumerate(raws)]
             except DecodeError:
                 continue
+            decoded.append(encoder.joined(parts))
     return decoded
 
 

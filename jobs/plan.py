@@ -50,7 +50,7 @@ def open_catalog(storage: Storage) -> Snapshot:
 def corpus_dict(spec: Spec) -> dict[str, Any]:
     """The corpus part of a spec, as it travels to workers, and which fields no view would ever decode."""
     corpus: dict[str, Any] = spec.corpus.model_dump(mode="json", by_alias=True)
-    viewed = {view.field for view in spec.views.values()}
+    viewed = {field for view in spec.views.values() for field in view.reads}
     return corpus | {"unviewed": sorted(corpus["fields"].keys() - viewed)}
 
 
@@ -122,7 +122,12 @@ def view_plans(spec: Spec) -> list[encode_plan.ViewPlan]:
     """The spec's views with their recipes."""
     return [
         encode_plan.view_plan(
-            name, spec.corpus.name, view.field, view.encoder, view.options, spec.corpus.fields[view.field].modality
+            name,
+            spec.corpus.name,
+            "+".join(view.reads),
+            view.encoder,
+            view.options,
+            "+".join(spec.corpus.fields[field].modality for field in view.reads),
         )
         for name, view in spec.views.items()
     ]
@@ -144,7 +149,7 @@ def build_settings(spec: Spec, stage: str) -> dict[str, dict[str, Any]]:
 
 def _equal_field(spec: Spec, views: list[str]) -> str | None:
     """The text field by which two samples answer the same query: of the space's own views, else the first that is encoded."""
-    fields = [spec.views[name].field for name in [*views, *spec.views]]
+    fields = [field for name in [*views, *spec.views] for field in spec.views[name].reads]
     return next((field for field in fields if spec.corpus.fields[field].modality == "text"), None)
 
 

@@ -289,12 +289,24 @@ class ResourcesSpec(_Node):
 
 
 class ViewSpec(_Node):
-    """A view: one encoder over one field."""
+    """A view: one encoder over one field, or over several that it reads at once."""
 
-    field: Text
+    field: Text | None = None
+    fields: tuple[Text, ...] | None = Field(default=None, min_length=2, max_length=16)
     encoder: Text
     options: dict[Text, Any] = {}
     resources: ResourcesSpec = ResourcesSpec()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "ViewSpec":
+        if (self.field is None) == (self.fields is None):
+            raise ValueError("write field: NAME, or fields: [NAME, NAME] for an encoder that reads several at once")
+        return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields that it reads, in order."""
+        return (self.field,) if self.field is not None else self.fields or ()
 
 
 class SpaceSpec(_Node):

@@ -194,9 +194,9 @@ def of_references(tree: Document) -> Iterator[Mistake]:
         if isinstance(value, str) and value not in names:
             allowed = f"allowed: {_listed(names)}" if names else "there is none"
             yield tree.mistake(place, f"{_shown(value)} is not {what}; {allowed}{_nearest(value, names)}")
-    for section in ("spaces", "indexes", "training_sets"):
+    for section, key in (("views", "fields"), *((each, "views") for each in ("spaces", "indexes", "training_sets"))):
         for name, entry in _entries(tree.value, section).items():
-            yield from _repeated((section, name, "views"), entry.get("views"), tree)
+            yield from _repeated((section, name, key), entry.get(key), tree)
     yield from _of_encoders(tree)
     yield from _of_source(tree)
     yield from _of_streams(tree)
@@ -295,7 +295,8 @@ def _references(spec: Any) -> Iterator[tuple[Place, Any, list[str], str]]:
     fields, views = list(_entries(spec.get("corpus"), "fields")), list(_entries(spec, "views"))
     spaces, known = _entries(spec, "spaces"), encoders.keys()
     for name, view in _entries(spec, "views").items():
-        yield ("views", name, "field"), view.get("field"), fields, "a field of this corpus"
+        for place, source in _read(view):
+            yield ("views", name, *place), source, fields, "a field of this corpus"
         yield ("views", name, "encoder"), view.get("encoder"), known, "an encoder"
     for section in ("spaces", "training_sets"):
         for name, entry in _entries(spec, section).items():
@@ -320,17 +321,24 @@ def _views_of(
         yield (*place, "views", i), view, names, what
 
 
-def _repeated(place: Place, views: Any, tree: Document) -> Iterator[Mistake]:
+def _repeated(place: Place, listed: Any, tree: Document) -> Iterator[Mistake]:
     seen: set[str] = set()
-    for i, view in enumerate(views if isinstance(views, tuple) else ()):
-        if isinstance(view, str):
-            if view in seen:
-                yield tree.mistake((*place, i), f"{_shown(view)} is listed twice; keep one")
-            seen.add(view)
+    for i, each in enumerate(listed if isinstance(listed, tuple) else ()):
+        if isinstance(each, str):
+            if each in seen:
+                yield tree.mistake((*place, i), f"{_shown(each)} is listed twice; keep one")
+            seen.add(each)
+
+
+def _read(view: Mapping[str, Any]) -> list[tuple[Place, Any]]:
+    """The fields that a view reads: where in it each is named, and the name."""
+    several = view.get("fields")
+    named = [(("fields", i), each) for i, each in enumerate(several if isinstance(several, tuple) else ())]
+    return [*([(("field",), view["field"])] if "field" in view else []), *named]
 
 
 def _of_encoders(tree: Document) -> Iterator[Mistake]:
-    """Options that an encoder does not take, and encoders on a field of another modality."""
+    """Options that an encoder does not take, and encoders on fields of other modalities."""
     from featurestore import encoders
 
     fields, known = _entries(tree.value.get("corpus"), "fields"), encoders.keys()
@@ -338,20 +346,22 @@ def _of_encoders(tree: Document) -> Iterator[Mistake]:
         key, options = view.get("encoder"), view.get("options", {})
         if not isinstance(key, str) or key not in known or not isinstance(options, dict):
             continue
-        source = view.get("field")
-        has = fields.get(source, {}).get("modality") if isinstance(source, str) else None
-        takes = encoders.modalities(key)
-        if isinstance(has, str) and has not in takes:
-            text = f"{_shown(key)} takes {' or '.join(takes)}, but field {_shown(source)} is {_shown(has)}"
-            yield tree.mistake(("views", name, "encoder"), text)
+        sources = [source for _, source in _read(view)]
+        each = [fields.get(source, {}).get("modality") if isinstance(source, str) else None for source in sources]
+        known_all = bool(each) and all(isinstance(modality, str) for modality in each)
+        has, takes = "+".join(map(str, each)) if known_all else None, encoders.modalities(key)
+        noun, verb = ("field", "is") if len(each) == 1 else ("fields", "are")
+        said = f"{noun} {', '.join(map(_shown, sources))} {verb} {_shown(has)}"
+        fits = has is not None and encoders.takes(key, has)
+        if has is not None and not fits:
+            yield tree.mistake(("views", name, "encoder"), f"{_shown(key)} takes {' or '.join(takes)}, but {said}")
         try:
-            made = encoders.find_for(key, options, has if isinstance(has, str) else takes[0])
+            made = encoders.find_for(key, options, has if has is not None else takes[0])
         except InputError as error:
             yield tree.mistake(("views", name, "options"), str(error))
             continue
-        if isinstance(has, str) and has in takes and made.modality != has:
-            text = f"it takes {made.modality}, but field {_shown(source)} is {_shown(has)}"
-            yield tree.mistake(("views", name, "options"), text)
+        if fits and made.modality != has:
+            yield tree.mistake(("views", name, "options"), f"it takes {made.modality}, but {said}")
 
 
 def _of_source(tree: Document) -> Iterator[Mistake]:

@@ -168,7 +168,8 @@ def _copied(view: View, places: list[tuple[str, int]]) -> tuple[pa.Table, int]:
     at = pa.array([starts[shard] + row for shard, row in places], pa.int64())
     columns = {name: whole[name].take(at).combine_chunks() for name in whole.column_names if name != "embedding"}
     columns["embedding"] = vectors.column(vectors.matrix(whole["embedding"])[np.asarray(at)])
-    given = len(at) - columns["input_digest"].null_count
+    rows = pa.concat_tables(view.corpus.read(shard).select(view.fields) for shard in tables).take(at)
+    given = sum(pc.sum(pc.struct_field(rows[field], "present")).as_py() or 0 for field in view.fields)
     return pa.table(columns, schema=view_schema(view.dim)), given
 
 

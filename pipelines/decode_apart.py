@@ -41,7 +41,7 @@ TRIES = 2
 
 
 class _Work(NamedTuple):
-    """What a child does: an encoder's forward or `decode`, or `media.check` where no encoder is named."""
+    """What a child does: an encoder's forward or `decode_field`, or `media.check` where no encoder is named."""
 
     encoder: str
     options: dict[str, Any]
@@ -59,7 +59,7 @@ class _Work(NamedTuple):
             return media.check
         encoder = encoders.find(self.encoder, self.options)
         if not self.forwards:
-            return encoder.decode
+            return encoder.decode_field
         tune_process()
         encoder.load()
         return partial(forward, encoder)
@@ -153,7 +153,7 @@ class DecodeApart(_Apart):
     """A decoder in a process of its own.
 
     Args:
-        encoder: the encoder whose `decode` is called; without one, `media.check`.
+        encoder: the encoder whose `decode_field` is called; without one, `media.check`.
         options: the encoder's.
     """
 

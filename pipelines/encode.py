@@ -13,6 +13,10 @@ Batches form from the data alone (by size of the raw value, then id; images by r
 on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch; so does
 one outside the store that is `gone` or `changed` since it was sharded, and one whose vector is none: `nan_output`, or
 `zero_output` where the encoder says length 1.
+
+A view of several fields has a vector of each sample that has a value of any of them which can be decoded: the encoder is
+told which are missing (what it gives its model for those is its own to say), and rejected values are missing too. Where the
+model fails on a sample, each of its values is rejected for that.
 """
 
 import copy
@@ -22,6 +26,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from threading import Semaphore
 from typing import IO, Any, NamedTuple
 
@@ -34,7 +39,7 @@ from featurestore import artefact, encoders, views
 from featurestore.catalog import Catalog, Entry
 from featurestore.corpora import QUARANTINE, ROWS, member_header, read_rows
 from featurestore.errors import AlignmentError, DecodeError, NotFound
-from featurestore.identity import input_digest
+from featurestore.identity import input_digest, joined_digest
 from featurestore.references import read_value
 from featurestore.storage import Storage
 from featurestore.tombstones import gone_rows
@@ -62,17 +67,36 @@ def _beside(task: EncodeTask) -> Beside:
     return Beside(task.shard, task.rows, task.ids_sha256, task.sha256)
 
 
-class Row(NamedTuple):
-    """One value to encode: its row in the shard, and what the corpus says of it."""
+class Value(NamedTuple):
+    """A value of a sample: its field, and what the corpus says of it."""
 
-    row: int
-    id: str
+    field: str
     offset: int
     size: int
     digest: bytes
     ext: str
     source: str | None
     uri: str | None = None
+
+
+class Row(NamedTuple):
+    """One sample to encode: its row in the shard, and its values in the order of the view's fields, None where it has none."""
+
+    row: int
+    id: str
+    values: tuple[Value | None, ...]
+
+    def present(self) -> list[Value]:
+        """The values that it has."""
+        return [value for value in self.values if value is not None]
+
+
+class Outcome(NamedTuple):
+    """What came of a sample: its vector, or None; of each of its values the digest of its bytes, and why it was rejected."""
+
+    vector: np.ndarray | None
+    digests: tuple[bytes | None, ...]
+    errors: tuple[DecodeError | None, ...]
 
 
 class ShardEncoder:
@@ -173,14 +197,14 @@ class ShardEncoder:
     def make_from(self, task: EncodeTask, earlier: Earlier | None) -> Result:
         """Encodes what an earlier file does not hold. It stays in its place where it has these rows, and none is gained."""
         rows = self._rows(task)
-        field = rows[self.plan.field].to_pylist()
-        ids = rows["id"].to_pylist()
+        ids, fields = rows["id"].to_pylist(), views.fields_of(self.plan.field)
+        members = list(zip(*(rows[field].to_pylist() for field in fields), strict=True))
+        given, reasons, inputs = (list(each) for each in zip(*views.inputs(rows, self.plan.field), strict=True))
         matrix = np.full((task.rows, self.encoder.dim), np.nan, np.float32)
         digests: list[bytes | None] = [None] * task.rows
-        reasons: list[str | None] = [None if m["present"] else m["miss_reason"] for m in field]
-        kept: dict[int, dict[str, Any] | None] = {}
+        kept: dict[int, list[dict[str, Any]]] = {}
         if earlier is not None:
-            kept = earlier.kept(ids, [m["digest"] for m in field])
+            kept = earlier.kept(ids, inputs)
             for row in kept:
                 matrix[row], digests[row], reasons[row] = (
                     earlier.matrix[row],
@@ -188,42 +212,43 @@ class ShardEncoder:
                     earlier.reasons[row],
                 )
         todo = [
-            Row(row, sample_id, m["offset"], m["size"], m["digest"], m["ext"], m["source"], m["uri"])
-            for row, (sample_id, m) in enumerate(zip(ids, field, strict=True))
-            if m["present"] and row not in kept
+            Row(row, sample_id, tuple(map(_value, fields, members[row])))
+            for row, sample_id in enumerate(ids)
+            if given[row] and row not in kept
         ]
         rejected = []
-        for value, vector, digest in self._values(task, todo):
-            digests[value.row] = digest
-            if isinstance(vector, DecodeError):
-                reasons[value.row] = vector.reason
-                rejected.append(rejection(value.id, self.plan.field, "encode", vector, value.source))
+        for (row, sample_id, _), outcome in self._outcomes(task, todo):
+            digests[row] = joined_digest(outcome.digests)
+            each = list(zip(fields, members[row], outcome.errors, strict=True))
+            rejected += [rejection(sample_id, name, "encode", error, m["source"]) for name, m, error in each if error]
+            if outcome.vector is None:
+                reasons[row] = "+".join(error.reason if error else m["miss_reason"] for _, m, error in each)
             else:
-                matrix[value.row] = vector
-        if earlier and earlier.footer["input_sha256"] == task.sha256 and len(rejected) == len(todo):
+                matrix[row] = outcome.vector
+        if earlier and earlier.footer["input_sha256"] == task.sha256 and _same(rejected, earlier, todo):
             made = self._writer.result(_beside(task), earlier.placed, earlier.footer)
         else:
-            rejected = [*filter(None, kept.values()), *rejected]
-            tried = sum(m["present"] for m in field)
+            rejected = [*chain.from_iterable(kept.values()), *rejected]
+            tried = sum(m["present"] for m in chain.from_iterable(members))
             made = self._writer.write(_beside(task), view_table(ids, matrix, digests, reasons), rejected, tried)
-        return made._replace(computed=len(todo))
+        return made._replace(computed=sum(len(row.present()) for row in todo))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
         entry = Entry(ROWS, "", "", task.shard, task.rows_path, task.rows, 0, task.sha256, task.ids_sha256)
-        return read_rows(self.storage, entry).select(["id", self.plan.field])
+        return read_rows(self.storage, entry).select(["id", *views.fields_of(self.plan.field)])
 
-    def _values(self, task: EncodeTask, todo: list[Row]) -> Iterator[tuple[Row, np.ndarray | DecodeError, bytes]]:
-        """Every value with its vector, or with why it has none, and the digest of the bytes that were really read."""
-        waiting: deque[tuple[list[Row], int, Future[list[tuple[np.ndarray | DecodeError, bytes]]]]] = deque()
+    def _outcomes(self, task: EncodeTask, todo: list[Row]) -> Iterator[tuple[Row, Outcome]]:
+        """What came of every sample; the digests are of the bytes that were really read."""
+        waiting: deque[tuple[list[Row], int, Future[list[Outcome]]]] = deque()
         ahead = 0
         try:
             for batch in self._batches(todo):
-                size = sum(value.size for value in batch if value.uri is not None)
+                size = sum(value.size for row in batch for value in row.present() if value.uri is not None)
                 while waiting and size and ahead + size > _FETCH_AHEAD_BYTES:
                     first, fetched, outcome = waiting.popleft()
                     yield from self._proven(task, first, outcome.result())
                     ahead -= fetched
-                raws = [None if value.uri is None else self._fetchers.submit(self._fetch, value) for value in batch]
+                raws = [[self._fetching(value) for value in row.values] for row in batch]
                 waiting.append((batch, size, self._pool.submit(self._batch, task.tar_path, batch, raws)))
                 ahead += size
             while waiting:
@@ -234,15 +259,17 @@ class ShardEncoder:
             for _, _, outcome in waiting:
                 outcome.cancel()
 
-    def _proven(
-        self, task: EncodeTask, batch: list[Row], outcomes: list[tuple[np.ndarray | DecodeError, bytes]]
-    ) -> Iterator[tuple[Row, np.ndarray | DecodeError, bytes]]:
-        for value, (vector, digest) in zip(batch, outcomes, strict=True):
-            if digest != value.digest:
-                raise self._displaced(task.tar_path, value)
-            yield value, vector, digest
+    def _proven(self, task: EncodeTask, batch: list[Row], outcomes: list[Outcome]) -> Iterator[tuple[Row, Outcome]]:
+        for row, outcome in zip(batch, outcomes, strict=True):
+            for value, digest in zip(row.values, outcome.digests, strict=True):
+                if value is not None and digest != value.digest:
+                    raise _displaced(task.tar_path, row, value)
+            yield row, outcome
 
-    def _fetch(self, value: Row) -> bytes | DecodeError:
+    def _fetching(self, value: Value | None) -> Future[bytes | DecodeError] | None:
+        return None if value is None or value.uri is None else self._fetchers.submit(self._fetch, value)
+
+    def _fetch(self, value: Value) -> bytes | DecodeError:
         """The bytes that a row refers to; StoreError where they cannot be read now, which another run may mend."""
         assert value.uri is not None
         try:
@@ -254,53 +281,82 @@ class ShardEncoder:
                 "changed", f"{value.source}: it is not what was sharded; `braid shard` takes it in as it is now"
             )
 
-    def _displaced(self, tar_path: str, value: Row) -> AlignmentError:
-        return AlignmentError(
-            f"{tar_path}: the {self.plan.field} of {value.id!r} (row {value.row} of its shard) is not the value that was "
-            "stored; run `braid verify`, and put the file back from a copy"
-        )
-
     def _batches(self, todo: list[Row]) -> list[list[Row]]:
-        if self.encoder.modality != "image":
+        padded = [place for place, modality in enumerate(self.encoder.reads) if modality != "image"]
+        if padded:
             # Texts and sounds are padded to the longest of their batch: like with like wastes least.
-            todo = sorted(todo, key=lambda value: (value.size, value.id))
+            todo = sorted(todo, key=lambda row: (sum(v.size for at in padded if (v := row.values[at])), row.id))
         size = self.encoder.batch_size
         return [todo[start : start + size] for start in range(0, len(todo), size)]
 
     def _batch(
-        self, tar_path: str, batch: list[Row], fetched: list[Future[bytes | DecodeError] | None]
-    ) -> list[tuple[np.ndarray | DecodeError, bytes]]:
-        outcomes: list[tuple[Any, bytes]] = []
-        with self.storage.open(tar_path) if None in fetched else nullcontext() as tar:
-            for value, future in zip(batch, fetched, strict=True):
-                raw = self._member(tar, tar_path, value) if future is None else future.result()
-                if isinstance(raw, DecodeError):
-                    outcomes.append((raw, value.digest))
-                else:
-                    outcomes.append((self._decode(raw), input_digest(raw)))
-        good = [position for position, (decoded, _) in enumerate(outcomes) if not isinstance(decoded, DecodeError)]
-        for position, vector in zip(good, self._forward([outcomes[each][0] for each in good]), strict=True):
-            outcomes[position] = (vector, outcomes[position][1])
-        return outcomes
+        self, tar_path: str, batch: list[Row], fetched: list[list[Future[bytes | DecodeError] | None]]
+    ) -> list[Outcome]:
+        in_tar = any(value.uri is None for row in batch for value in row.present())
+        with self.storage.open(tar_path) if in_tar else nullcontext() as tar:
+            read = [
+                [self._read(tar, tar_path, row, *each) for each in enumerate(futures)]
+                for row, futures in zip(batch, fetched, strict=True)
+            ]
+        parts = [[None if isinstance(part, DecodeError) else part for part, _ in each] for each in read]
+        good = [place for place, each in enumerate(parts) if any(part is not None for part in each)]
+        made = self._forward([self.encoder.joined(parts[place]) for place in good])
+        vectors = dict(zip(good, made, strict=True))
+        return [_outcome(each, vectors.get(place)) for place, each in enumerate(read)]
 
-    def _member(self, tar: IO[bytes] | None, tar_path: str, value: Row) -> bytes:
+    def _read(
+        self, tar: IO[bytes] | None, tar_path: str, row: Row, place: int, future: Future[bytes | DecodeError] | None
+    ) -> tuple[Any, bytes | None]:
+        """A value decoded, or why it cannot be, and the digest of its bytes; two of None where the sample has none."""
+        value = row.values[place]
+        if value is None:
+            return None, None
+        raw = self._member(tar, tar_path, row, value) if future is None else future.result()
+        return (raw, value.digest) if isinstance(raw, DecodeError) else (self._decode(raw, place), input_digest(raw))
+
+    def _member(self, tar: IO[bytes] | None, tar_path: str, row: Row, value: Value) -> bytes:
         assert tar is not None
-        header = member_header(value.id, self.plan.field, value.ext, value.size)
+        header = member_header(row.id, value.field, value.ext, value.size)
         tar.seek(max(0, value.offset - len(header)))
         stored = tar.read(len(header) + value.size)
         if not stored.startswith(header):
-            raise self._displaced(tar_path, value)
+            raise _displaced(tar_path, row, value)
         return stored[len(header) :]
 
-    def _decode(self, raw: bytes) -> Any:
+    def _decode(self, raw: bytes, place: int) -> Any:
         try:
-            return self.encoder.decode(raw) if self._apart is None else self._apart(raw)
+            return (self.encoder.decode_field if self._apart is None else self._apart)(raw, place)
         except DecodeError as error:
             return error
 
     def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
         with self._turn:
             return forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
+
+
+def _value(field: str, member: Mapping[str, Any]) -> Value | None:
+    columns = (member[name] for name in ("offset", "size", "digest", "ext", "source", "uri"))
+    return Value(field, *columns) if member["present"] else None
+
+
+def _outcome(read: list[tuple[Any, bytes | None]], vector: np.ndarray | DecodeError | None) -> Outcome:
+    """Of what was read of a sample, and of what its forward gave, where there was one."""
+    failed = vector if isinstance(vector, DecodeError) else None
+    errors = (part if isinstance(part, DecodeError) else None if part is None else failed for part, _ in read)
+    return Outcome(None if isinstance(vector, DecodeError) else vector, tuple(each for _, each in read), tuple(errors))
+
+
+def _same(rejected: list[dict[str, Any]], earlier: Earlier, todo: list[Row]) -> bool:
+    """Whether of some samples the same was rejected as before."""
+    before = chain.from_iterable(earlier.rejected.get(row.id, ()) for row in todo)
+    return {(each["id"], each["field"]) for each in rejected} == {(each["id"], each["field"]) for each in before}
+
+
+def _displaced(tar_path: str, row: Row, value: Value) -> AlignmentError:
+    return AlignmentError(
+        f"{tar_path}: the {value.field} of {row.id!r} (row {row.row} of its shard) is not the value that was "
+        "stored; run `braid verify`, and put the file back from a copy"
+    )
 
 
 class EncodeWork(NamedTuple):

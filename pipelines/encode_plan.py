@@ -13,7 +13,7 @@ from featurestore.storage import Storage
 
 
 class ViewPlan(NamedTuple):
-    """What every shard of a view is made with."""
+    """What every shard of a view is made with; `field` is of several fields their names, as `views.fields_of` reads it."""
 
     name: str
     corpus: str

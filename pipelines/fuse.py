@@ -48,7 +48,7 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
     equal = [pc.struct_field(samples[field], "digest").to_pylist() for field in chosen["group_equal"]]
     kept_together = splits.joined(groups, equal)
     sides = splits.assign(kept_together, chosen["splits"], chosen["seed"]).tolist()
-    digests = {view.field: pc.struct_field(samples[view.field], "digest") for view in views.values()}
+    digests = {name: pc.struct_field(samples[name], "digest") for view in views.values() for name in view.fields}
     found = certificate.certify(ids, kept_together, sides, digests, labels)
     certificate.require(found, f"training set {build.name!r}")
 

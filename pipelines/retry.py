@@ -320,7 +320,8 @@ class ViewRetrier(ShardEncoder):
         """The shard with what came in, or as it is; `computed` counts the values that were tried."""
         earlier = self.earlier(task)
         gone = {int(row) for row in self._gone.get(task.shard, ())}
-        again = {row for row, reason in enumerate(earlier.reasons) if reason and earlier.digests[row]} - gone
+        ids = self._rows(task)["id"].to_pylist()
+        again = {row for row, sample_id in enumerate(ids) if sample_id in earlier.rejected} - gone
         with DecodeApart(self.plan.encoder, self.plan.options) as apart:
             careful = copy.copy(self)
             careful._apart = apart

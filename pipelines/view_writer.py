@@ -105,7 +105,7 @@ class Earlier(NamedTuple):
         footer: what that says of itself.
         matrix: float32 [rows, dim].
         digests, row_digests, reasons: its other columns.
-        rejected: id -> its row of the quarantine.
+        rejected: id -> its rows of the quarantine: of several fields, one for each that was rejected.
     """
 
     placed: artefact.Placed
@@ -114,19 +114,19 @@ class Earlier(NamedTuple):
     digests: list[bytes | None]
     row_digests: list[bytes]
     reasons: list[str | None]
-    rejected: dict[str, dict[str, Any]]
+    rejected: dict[str, list[dict[str, Any]]]
 
     def without(self, rows: Collection[int]) -> "Earlier":
         """The same, as if it had been made without the values of some rows."""
         return self._replace(digests=[None if row in rows else digest for row, digest in enumerate(self.digests)])
 
-    def kept(self, ids: list[str], digests: list[bytes | None]) -> dict[int, dict[str, Any] | None]:
-        """Row -> why it was rejected, or None where it has a vector: the rows made from the values that these digests are of.
+    def kept(self, ids: list[str], digests: list[bytes | None]) -> dict[int, list[dict[str, Any]]]:
+        """Row -> its rows of the quarantine, where it was made from the values that these digests are of.
 
         Raises:
             AlignmentError: a vector is not bound to its sample and its input; it would be by being copied.
         """
-        found: dict[int, dict[str, Any] | None] = {}
+        found: dict[int, list[dict[str, Any]]] = {}
         for row, (sample_id, digest) in enumerate(zip(ids, digests, strict=True)):
             if digest is None or digest != self.digests[row]:
                 continue
@@ -136,7 +136,7 @@ class Earlier(NamedTuple):
                     "run `braid verify`"
                 )
             if self.reasons[row] is None or sample_id in self.rejected:
-                found[row] = self.rejected.get(sample_id)
+                found[row] = self.rejected.get(sample_id, [])
         return found
 
 
@@ -145,10 +145,12 @@ def read_earlier(storage: Storage, view: tuple[str, str], quarantine: tuple[str,
     content = artefact.read_checked(storage, *view)
     with artefact.parsing(view[0]):
         table, footer = artefact.read_table(content), artefact.read_footer(content)
-    rejected = artefact.read_table(artefact.read_checked(storage, *quarantine)).to_pylist() if quarantine else []
+    rejected: dict[str, list[dict[str, Any]]] = {}
+    for row in artefact.read_table(artefact.read_checked(storage, *quarantine)).to_pylist() if quarantine else ():
+        rejected.setdefault(row["id"], []).append(row)
     placed, matrix = artefact.Placed(view[0], len(content), view[1]), vectors.matrix(table["embedding"])
     digests, row_digests, reasons = (table[name].to_pylist() for name in ("input_digest", "row_digest", "miss_reason"))
-    return Earlier(placed, footer, matrix, digests, row_digests, reasons, {row["id"]: row for row in rejected})
+    return Earlier(placed, footer, matrix, digests, row_digests, reasons, rejected)
 
 
 def view_table(ids: list[str], matrix: np.ndarray, digests: list[bytes | None], reasons: list[str | None]) -> pa.Table:

@@ -229,6 +229,65 @@ def _xclip(folder: Path) -> None:
     _processor(folder, "VideoMAEImageProcessorPil", **size)
 
 
+def _visual_bert(folder: Path) -> None:
+    from transformers import VisualBertConfig, VisualBertModel
+
+    tokenizer = word_pieces()
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "visual_embedding_dim": TINY["hidden_size"]}
+    drawn(VisualBertModel(VisualBertConfig(**TINY, **sizes, pad_token_id=0))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _lxmert(folder: Path) -> None:
+    from transformers import LxmertConfig, LxmertModel
+
+    tokenizer = word_pieces()
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "visual_feat_dim": TINY["hidden_size"]}
+    layers = {"l_layers": 2, "x_layers": 2, "r_layers": 1, "hidden_size": 32, "num_attention_heads": 4}
+    drawn(LxmertModel(LxmertConfig(**sizes, **layers, intermediate_size=64))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _perceiver(folder: Path) -> None:
+    from transformers import PerceiverConfig, PerceiverForMultimodalAutoencoding
+
+    sizes = {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2, "num_self_attention_heads": 4}
+    inputs = {"num_frames": 4, "audio_samples_per_frame": 640, "output_shape": [1, 4, 16, 16], "num_labels": 7}
+    config = PerceiverConfig(**sizes, **inputs, num_cross_attention_heads=1, output_num_channels=16, image_size=4)
+    drawn(PerceiverForMultimodalAutoencoding(config)).save_pretrained(folder)
+    size = {"size": {"height": 16, "width": 16}, "crop_size": {"height": 20, "width": 20}}
+    _processor(folder, "PerceiverImageProcessorPil", **size)
+
+
+def _idefics(folder: Path) -> None:
+    import torch
+    from transformers import IdeficsConfig, IdeficsModel
+
+    tokenizer = word_pieces(bos_token="[CLS]", eos_token="[SEP]", model_max_length=2048)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<fake_token_around_image>", "<image>"]})
+    vision = {"embed_dim": 32, "image_size": SIDE, "patch_size": 8, "intermediate_size": 64}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    resampler = {"use_resampler": True, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2}
+    config = IdeficsConfig(
+        **TINY,
+        vocab_size=len(tokenizer) - 2,
+        additional_vocab_size=2,
+        vision_config=vision | layers,
+        use_resampler=True,
+        perceiver_config=resampler | {"resampler_head_dim": 16},
+        **{"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
+    )
+    model = drawn(IdeficsModel(config))
+    with torch.no_grad():
+        for layer in model.gated_cross_attn_layers:
+            # As a new one has them, nothing would be seen of an image.
+            layer.alpha_cross_attn.fill_(1)
+            layer.alpha_dense.fill_(1)
+    model.save_pretrained(folder)
+    _processor(folder, "IdeficsImageProcessorPil", image_size=SIDE)
+    tokenizer.save_pretrained(folder)
+
+
 def _table(folder: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
@@ -257,10 +316,14 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "dinov2": _dinov2,
     "efficientnet": _efficientnet,
     "hubert": _hubert,
+    "idefics": _idefics,
+    "lxmert": _lxmert,
+    "perceiver": _perceiver,
     "resnet": _resnet,
     "siglip": _siglip,
     "table": _table,
     "videomae": _videomae,
+    "visual-bert": _visual_bert,
     "vit": _vit,
     "wav2vec2": _wav2vec2,
     "whisper": _whisper,

@@ -37,12 +37,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BaseEncoder", "EncoderOptions", "find", "find_as", "find_for", "fingerprint_of", "keys", "modalities", "package_file",
-    "ready",
+    "ready", "takes",
 ]  # fmt: skip
 
 # Modules of this package that encoders share: no encoders themselves.
 _SHARED = frozenset(
-    ("audio_processors", "checkpoints", "contract", "endpoint", "image_processors", "mel", "option_errors", "runtime")
+    (
+        *(
+            "audio_processors",
+            "checkpoints",
+            "contract",
+            "endpoint",
+            "image_processors",
+            "joint_idefics",
+            "joint_perceiver",
+        ),
+        *("joint_regions", "mel", "option_errors", "runtime"),
+    )
 )
 
 
@@ -63,7 +74,7 @@ class BaseEncoder(ABC):
     Attributes:
         key: the module's name with `-` for `_`.
         modalities: what it takes: of `text`, `image`, `audio`, `video` and `sensor`. One of several has an option `modality`,
-            and is of that one.
+            and is of that one. What reads several fields at once names them in order: `image+text`.
         dim: length of a vector.
         normalised: whether vectors have Euclidean length 1.
         batch_size: values that the pipeline gives to one `encode`, fixed by the recipe.
@@ -94,6 +105,16 @@ class BaseEncoder(ABC):
         """What this one takes."""
         return str(getattr(self.options, "modality", None) or self.modalities[0])
 
+    @property
+    def reads(self) -> list[str]:
+        """Modality of each field that it reads, in order."""
+        return self.modality.split("+")
+
+    @classmethod
+    def takes(cls, modality: str) -> bool:
+        """Whether there is one for fields of these modalities."""
+        return modality in cls.modalities
+
     @abstractmethod
     def preprocessing(self) -> dict[str, Any]:
         """Return the constants (JSON values) that turn bytes into the model's input and its output into a vector."""
@@ -113,6 +134,15 @@ class BaseEncoder(ABC):
         Raises:
             DecodeError: the bytes are not a value of this modality; a reason of `featurestore.media`.
         """
+
+    def decode_field(self, raw: bytes, place: int = 0) -> Any:
+        """As `decode`, of the field at a place of `reads`: what `joined` takes."""
+        return self.decode(raw)
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """Make one value for `encode` of a sample's decoded fields, None for each that is missing: at least one is not."""
+        (value,) = parts
+        return value
 
     def prepare(self, image: "Image.Image") -> Any:
         """Turn a picture, mode RGB, into one value for `encode`, as `decode` does its file: of encoders of images alone."""
@@ -216,8 +246,14 @@ def find(key: str, options: Mapping[str, Any] | None = None) -> BaseEncoder:
 
 
 def find_for(key: str, options: Mapping[str, Any], modality: str) -> BaseEncoder:
-    """Make the encoder of this key for a field of a modality, which is an option of one that takes several."""
-    several = key in keys() and modality in modalities(key) and "modality" in _module(key).Options.model_fields
+    """Make the encoder of this key for a field of a modality, which is an option of one that takes several.
+
+    Args:
+        key: one of `keys()`.
+        options: what its `Options` allows.
+        modality: of the field; of several fields, in order, with `+` between them.
+    """
+    several = key in keys() and takes(key, modality) and "modality" in _module(key).Options.model_fields
     return find(key, {"modality": modality, **options} if several else options)
 
 
@@ -252,6 +288,11 @@ def modalities(key: str) -> tuple[str, ...]:
     """Return what the encoder of this key takes."""
     found: tuple[str, ...] = _module(key).Encoder.modalities
     return found
+
+
+def takes(key: str, modality: str) -> bool:
+    """Return whether the encoder of this key takes fields of these modalities, with `+` between them."""
+    return bool(_module(key).Encoder.takes(modality))
 
 
 def ready(modality: str) -> list[str]:

@@ -4,6 +4,7 @@ Each check gives what does not hold. Values are made here, of each modality a fe
 """
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from featurestore.errors import DecodeError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "examples", "image", "readings", "sound"]
+__all__ = ["CHANNELS", "CHECKS", "EXAMPLES", "check", "decoded", "examples", "image", "readings", "samples", "sound"]
 
 BATCH_TOLERANCE = 1e-4
 """By how much a component may move with the size of its batch: this, and a hundred-thousandth of itself."""
@@ -109,6 +110,16 @@ def examples(modality: str) -> list[bytes]:
     return EXAMPLES[modality]()
 
 
+def samples(encoder: BaseEncoder) -> list[tuple[bytes, ...]]:
+    """Samples that have all the fields that an encoder reads."""
+    return list(zip(*(examples(modality) for modality in encoder.reads), strict=False))
+
+
+def decoded(encoder: BaseEncoder, sample: Sequence[bytes]) -> Any:
+    """A sample that has all of its fields, as a value for `encode`."""
+    return encoder.joined([encoder.decode_field(raw, place) for place, raw in enumerate(sample)])
+
+
 def shape(encoder: BaseEncoder, values: Sequence[Any]) -> Iterator[str]:
     """One float32 row of `dim` components a value; none of no values."""
     made, none = encoder.encode(values), encoder.encode([])
@@ -150,9 +161,9 @@ def finite(encoder: BaseEncoder, values: Sequence[Any]) -> Iterator[str]:
 
 def rejects(encoder: BaseEncoder, values: Sequence[Any]) -> Iterator[str]:
     """Bytes that are no value raise DecodeError when they are decoded, and nothing else."""
-    for bad in BAD:
+    for place, bad in itertools.product(range(len(encoder.reads)), BAD):
         try:
-            encoder.decode(bad)
+            encoder.decode_field(bad, place)
         except DecodeError as error:
             if error.reason not in media.REASONS:
                 yield f"reason {error.reason!r}; allowed: {', '.join(media.REASONS)}"
@@ -171,10 +182,10 @@ CHECKS: dict[str, Callable[[BaseEncoder, Sequence[Any]], Iterator[str]]] = {
 }
 
 
-def check(encoder: BaseEncoder, raws: Sequence[bytes]) -> dict[str, list[str]]:
-    """Every check -> what does not hold; nothing where it does. DecodeError where a value is rejected."""
-    values = [encoder.decode(raw) for raw in raws]
-    return {name: list(_tried(tried(encoder, values))) for name, tried in CHECKS.items()}
+def check(encoder: BaseEncoder, tried: Sequence[Sequence[bytes]]) -> dict[str, list[str]]:
+    """Every check, on samples -> what does not hold; nothing where it does. DecodeError where a value is rejected."""
+    values = [decoded(encoder, sample) for sample in tried]
+    return {name: list(_tried(each(encoder, values))) for name, each in CHECKS.items()}
 
 
 def _tried(broken: Iterator[str]) -> Iterator[str]:

@@ -71,18 +71,37 @@ class Encoder(CheckpointEncoder):
         """Run the network on one batch and pool."""
         import torch
 
-        model = self.load()
+        self.load()
         if not values:
             return np.empty((0, self.dim), np.float32)
         with torch.inference_mode():
-            images_BCHW = torch.from_numpy(np.stack(values)).to(model.device, model.dtype)
-            if self._is_convolutional:
-                images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-            vectors_BD = self._pool(model(pixel_values=images_BCHW)).float()
+            vectors_BD = self._pool(self._run(values)).float()
             if self.normalised:
                 vectors_BD = torch.nn.functional.normalize(vectors_BD, dim=1)
             vectors: NDArray[np.float32] = vectors_BD.cpu().numpy()
         return vectors
+
+    def patches(self, values: Sequence[NDArray[np.float32]]) -> tuple[Any, tuple[int, int]]:
+        """Run the network on one batch: [B, T, D] of its patches or cells, row by row, and the number of rows and columns."""
+        hidden = self._run(values).last_hidden_state
+        if hidden.ndim == 4:
+            return hidden.flatten(2).transpose(1, 2), (hidden.shape[2], hidden.shape[3])
+        side = self.in_config("patch_size")
+        shape = values[0].shape[-2] // side, values[0].shape[-1] // side
+        if hidden.shape[1] - 1 != shape[0] * shape[1]:
+            raise self.unfit(
+                f"its {hidden.shape[1]} places are no grid of patches of {side} pixels behind a class token"
+            )
+        return hidden[:, 1:], shape
+
+    def _run(self, values: Sequence[NDArray[np.float32]]) -> Any:
+        import torch
+
+        model = self.load()
+        images_BCHW = torch.from_numpy(np.stack(values)).to(model.device, model.dtype)
+        if self._is_convolutional:
+            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        return model(pixel_values=images_BCHW)
 
     def _pool(self, output: Any) -> Any:
         if self.pooling == "pooled":

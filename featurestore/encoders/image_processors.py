@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,8 +40,11 @@ class ImageProcessor:
 
     def __call__(self, image: "Image.Image") -> NDArray[np.float32]:
         """float32 [C, H, W] of an RGB image."""
-        processor = self._loaded()
-        pixels: NDArray[np.float32] = np.asarray(processor(image, return_tensors="np")["pixel_values"], np.float32)
+        made = self._loaded()(image, return_tensors="np")
+        # IDEFICS's gives the pixels themselves.
+        pixels: NDArray[np.float32] = np.asarray(
+            made["pixel_values"] if isinstance(made, Mapping) else made, np.float32
+        )
         # A processor of videos takes it for a video of one frame, and gives one dimension more.
         return pixels.reshape(pixels.shape[-3:])
 

@@ -10,6 +10,9 @@
 
     views: {birds: {field: image, encoder: torch, options: {class: "my_models.birds:Birds", arguments: {}}}}
 
+A class that reads several fields at once names them in order, `modality = "image+text"`: its values are tuples with None for
+what is missing, and a `decode` of its own is given the field's place too, `decode(raw, place)`.
+
 A video is read as the bytes of a file that was tried; `featurestore.video.sample(raw, count)` gives its frames.
 
 `braid check-encoder my_models.birds:Birds` tries what every encoder promises. The fingerprint is of the class's name, its
@@ -35,7 +38,10 @@ __all__ = ["Encoder", "Options"]
 
 MODALITIES = ("audio", "image", "sensor", "text", "video")
 SAMPLE_RATE = 16_000
-_ALLOWED = f"modality (one of {', '.join(MODALITIES)}), dim (a positive number), load() and encode(model, values)"
+_ALLOWED = (
+    f"modality (one of {', '.join(MODALITIES)}, or several: image+text), dim (a positive number), load() and "
+    "encode(model, values)"
+)
 
 
 class Options(EncoderOptions):
@@ -82,12 +88,17 @@ class Encoder(BaseEncoder):
                 "correct options.class and options.arguments"
             ) from error
         dim, modality = getattr(made, "dim", None), getattr(made, "modality", None)
-        has = isinstance(dim, int) and dim > 0 and modality in MODALITIES
+        has = isinstance(dim, int) and dim > 0 and isinstance(modality, str) and self.takes(modality)
         if not has or not callable(getattr(made, "load", None)) or not callable(getattr(made, "encode", None)):
             raise InputError(
                 f"encoder class {self.options.class_!r} (modality {modality!r}, dim {dim!r}) lacks one of: {_ALLOWED}"
             )
         return made
+
+    @classmethod
+    def takes(cls, modality: str) -> bool:
+        """Whatever there is."""
+        return {*modality.split("+")} <= {*MODALITIES}
 
     def preprocessing(self) -> dict[str, Any]:
         """Return the class's version."""
@@ -100,9 +111,17 @@ class Encoder(BaseEncoder):
         return {**({"module": Path(file)} if file else {}), **{str(name): Path(path) for name, path in own.items()}}
 
     def decode(self, raw: bytes) -> Any:
+        """As `decode_field`, of the first field, without the others."""
+        return self.joined([self.decode_field(raw), *[None] * (len(self.reads) - 1)])
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """Keep what there is."""
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+    def decode_field(self, raw: bytes, place: int = 0) -> Any:
         """What the class makes of the bytes; without a `decode` of its own, the value as Braid reads it."""
         if hasattr(self._own, "decode"):
-            return self._own.decode(raw)
+            return self._own.decode(raw, *([place] if len(self.reads) > 1 else []))
         readers: dict[str, Any] = {
             "text": media.decode_text,
             "image": lambda each: np.asarray(media.decode_image(each)),
@@ -110,7 +129,7 @@ class Encoder(BaseEncoder):
             "sensor": media.decode_sensor,
             "video": _checked_video,
         }
-        return readers[self.modality](raw)
+        return readers[self.reads[place]](raw)
 
     def encode(self, values: Sequence[Any]) -> NDArray[np.float32]:
         """What the class makes of a batch, as float32."""

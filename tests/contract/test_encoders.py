@@ -44,6 +44,10 @@ CASES = [
     "hf-text/bert",
     "hf-video/videomae",
     "hf-video/xclip",
+    "joint/idefics/image+text",
+    "joint/lxmert/image+text",
+    "joint/perceiver/video+audio",
+    "joint/visual-bert/text+image",
     "log-mel",
     "mfcc",
     "minilm-l6",
@@ -65,6 +69,7 @@ OTHER_OPTION: dict[str, dict[str, Any]] = {
     "hf-image": {"normalise": True},
     "hf-text": {"pooling": "cls"},
     "hf-video": {"normalise": True},
+    "joint": {"normalise": True},
     "log-mel": {"n_mels": 32},
     "mfcc": {"n_mfcc": 13},
     "minilm-l6": {"batch_size": 9},
@@ -96,6 +101,9 @@ def options(case: str) -> dict[str, Any]:
         return {"vectors": str(checkpoint(kind) / "words.txt")}
     if key_of(case) == "video-frames":
         return {"image_encoder": "hf-image", "image_options": {"checkpoint": str(checkpoint(kind))}}
+    if kind in ("lxmert", "visual-bert"):
+        images = {"image_checkpoint": str(checkpoint("vit" if kind == "lxmert" else "resnet"))}
+        return {"checkpoint": str(checkpoint(kind)), "modality": modality} | images
     return ({"checkpoint": str(checkpoint(kind))} if kind else {}) | ({"modality": modality} if modality else {})
 
 
@@ -133,8 +141,7 @@ PLAINEST = {
 
 @cache
 def decoded(case: str) -> list[Any]:
-    encoder = loaded(case)
-    return [encoder.decode(raw) for raw in contract.examples(encoder.modality)]
+    return [contract.decoded(loaded(case), sample) for sample in contract.samples(loaded(case))]
 
 
 def test_every_file_is_found_by_its_name() -> None:
@@ -159,7 +166,8 @@ def test_same_values_give_the_same_bytes_twice_and_in_threads(case: str) -> None
 @every
 def test_the_plainest_value_gives_a_finite_vector(case: str) -> None:
     encoder = loaded(case)
-    assert np.isfinite(encoder.encode([encoder.decode(PLAINEST[encoder.modality])])).all()
+    plainest = contract.decoded(encoder, [PLAINEST[modality] for modality in encoder.reads])
+    assert np.isfinite(encoder.encode([plainest])).all()
 
 
 @every

@@ -435,7 +435,7 @@ def test_encoding_reads_each_value_once_from_the_tar(mine: Tars, monkeypatch: py
     asked: list[tuple[str, int]] = []
     fetch = encode.ShardEncoder._fetch
 
-    def counted(self: encode.ShardEncoder, value: encode.Row) -> Any:
+    def counted(self: encode.ShardEncoder, value: encode.Value) -> Any:
         asked.append((str(value.uri), value.offset))
         return fetch(self, value)
 

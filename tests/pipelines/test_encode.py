@@ -115,7 +115,10 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(
 def test_batches_hold_like_sizes_and_only_depend_on_the_values(bench: Bench) -> None:
     worker = bench.worker()
     sizes = [5, 900, 5, 40, 7, 900, 1]
-    todo = [encode.Row(row, f"id{row}", 0, size, b"", "wav", None) for row, size in enumerate(sizes)]
+    todo = [
+        encode.Row(row, f"id{row}", (encode.Value("sound", 0, size, b"", "wav", None),))
+        for row, size in enumerate(sizes)
+    ]
     batches = worker._batches(todo)
     assert [[value.row for value in batch] for batch in batches] == [[6, 0, 2], [4, 3, 1], [5]]
     assert worker._batches(todo[::-1]) == batches

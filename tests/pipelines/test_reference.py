@@ -325,7 +325,7 @@ def test_what_is_fetched_ahead_is_bounded(sounds: Sounds, monkeypatch: pytest.Mo
     monkeypatch.setattr(encode, "_FETCH_AHEAD_BYTES", 1)
     fetch, proven, lock, now, most = encode.ShardEncoder._fetch, encode.ShardEncoder._proven, threading.Lock(), 0, 0
 
-    def begun(self: encode.ShardEncoder, value: encode.Row) -> Any:
+    def begun(self: encode.ShardEncoder, value: encode.Value) -> Any:
         nonlocal now, most
         with lock:
             now, most = now + 1, max(most, now + 1)

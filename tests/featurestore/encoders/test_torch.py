@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from featurestore import encoders
+from featurestore.encoders import contract
 from featurestore.errors import InputError
+from jobs.check_encoder import check_encoder
 from tests.processes import braid
 
 SOURCE = '''
@@ -46,6 +49,15 @@ class Swaps(Mean):
 
 class Short(Mean):
     dim = 3
+
+
+class Both(Mean):
+    modality, dim = "image+text", 5
+
+    def encode(self, model, values):
+        texts = torch.tensor([[float(len(text or ""))] for _, text in values])
+        images = [np.zeros((1, 1, 3)) if image is None else image for image, _ in values]
+        return torch.cat([super().encode(model, images), texts], 1)
 
 
 class Films:
@@ -89,6 +101,18 @@ def test_a_class_that_takes_videos_is_tried_on_some(module: str, tmp_path: Path)
     said = tried(tmp_path, "Films")
     assert said.status == 0, said.out + said.err
     assert "own_birds:Films: video, 3 components, 7 values" in said.out
+
+
+def test_a_class_may_read_several_fields_at_once(module: str) -> None:
+    encoder = encoders.find_for("torch", {"class": "own_birds:Both"}, "image+text")
+    with Console(quiet=True) as console:
+        assert check_encoder("own_birds:Both", {}, [], console)
+        image, text = contract.image("red", (9, 9)), b"a bird"
+        assert check_encoder("own_birds:Both", {}, [image, text], console)
+        with pytest.raises(InputError, match=r"3 values: own_birds:Both reads image.text, so give 2 for each sample"):
+            check_encoder("own_birds:Both", {}, [image, text, image], console)
+    without = encoder.encode([encoder.joined([None, encoder.decode_field(text, 1)]), encoder.decode(image)])
+    assert without[:, 4].tolist() == [6, 0]
 
 
 @pytest.mark.parametrize(
