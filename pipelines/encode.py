@@ -12,7 +12,8 @@ vectors of values that are the same now are copied, and only the others are enco
 Batches form from the data alone (by size of the raw value, then id; images by row), so the same shard gives the same bytes
 on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch; so does
 one outside the store that is `gone` or `changed` since it was sharded, and one whose vector is none: `nan_output`, or
-`zero_output` where the encoder says length 1.
+`zero_output` where the encoder says length 1. A batch that does not fit into memory is halved, which may move the last bits of
+its vectors: the shard's footer and its catalog row say how often, as `batches_halved`.
 """
 
 import copy
@@ -41,6 +42,7 @@ from pipelines.decode_apart import DecodeApart, ForwardApart
 from pipelines.forward import forward
 from pipelines.quarantine import rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
+from pipelines.tally import Tally
 from pipelines.view_writer import Beside, Earlier, ViewWriter, read_earlier, view_table
 from pipelines.workers import Work
 
@@ -197,6 +199,7 @@ class ShardEncoder:
         self._apart: DecodeApart | None = None
         self._forward_apart: ForwardApart | None = None
         self._turn: AbstractContextManager[Any] = nullcontext()
+        self._tally = Tally()
         self._pool = ThreadPoolExecutor(self.encoder.concurrency or threads)
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS)
         self._done = storage.list(folder(plan))
@@ -242,7 +245,7 @@ class ShardEncoder:
             footer = artefact.read_footer(content)
             quarantine = [artefact.Placed(*each) for each in footer.get("quarantine", [])]
             held = all(artefact.holds(self.storage, each) for each in quarantine)
-            told = footer.get("tried", 0), footer.get("example", "")
+            told = footer.get("tried", 0), footer.get("example", ""), footer.get("batches_halved", 0)
             if held and footer == self._writer.footer(_beside(task), quarantine, *told):
                 return self._writer.result(_beside(task), artefact.Placed(path, len(content), sha256), footer)
         return None
@@ -262,6 +265,11 @@ class ShardEncoder:
 
     def make_from(self, task: EncodeTask, earlier: Earlier | None) -> Result:
         """Encodes what an earlier file does not hold. It stays in its place where it has these rows, and none is gained."""
+        own = copy.copy(self)
+        own._tally = Tally()
+        return own._make_from(task, earlier)
+
+    def _make_from(self, task: EncodeTask, earlier: Earlier | None) -> Result:
         rows = self._rows(task)
         field = rows[self.plan.field].to_pylist()
         ids = rows["id"].to_pylist()
@@ -295,7 +303,9 @@ class ShardEncoder:
         else:
             rejected = [*filter(None, kept.values()), *rejected]
             tried = sum(m["present"] for m in field)
-            made = self._writer.write(_beside(task), view_table(ids, matrix, digests, reasons), rejected, tried)
+            halved = self._tally.batches_halved + (earlier.footer.get("batches_halved", 0) if earlier and kept else 0)
+            table = view_table(ids, matrix, digests, reasons)
+            made = self._writer.write(_beside(task), table, rejected, tried, halved)
         return made._replace(computed=len(todo))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
@@ -390,7 +400,9 @@ class ShardEncoder:
 
     def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
         with self._turn:
-            return forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
+            made = forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
+        self._tally.halved(made.batches_halved)
+        return made.vectors
 
 
 class EncodeWork(NamedTuple):

@@ -2,12 +2,16 @@
 
 import ctypes
 import platform
+import sys
 
-__all__ = ["device", "keep_freed_memory", "tune_process"]
+__all__ = ["device", "keep_freed_memory", "lacks_memory", "tune_process"]
 
 # mallopt's parameters (malloc.h). glibc takes a mmap threshold of at most 32 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MIB = 2**20
+
+_SHORT = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says where memory is short and it raises no class of its own: its CPU allocator, CUDA, cuBLAS."""
 
 
 def device() -> str:
@@ -15,6 +19,14 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that a forward did not fit into memory: a GPU's, or this machine's."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _SHORT)
 
 
 def keep_freed_memory() -> bool:
