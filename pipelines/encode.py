@@ -19,10 +19,9 @@ its vectors: the shard's footer and its catalog row say how often, as `batches_h
 import copy
 import hashlib
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from threading import Semaphore
 from typing import IO, Any, NamedTuple
 
 import apache_beam as beam
@@ -45,9 +44,6 @@ from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
 from pipelines.tally import Tally
 from pipelines.view_writer import Beside, Earlier, ViewWriter, read_earlier, view_table
 from pipelines.workers import Work
-
-_ON_GPU = 2
-"""Batches on a GPU at once: one computes while the other is copied there; more would only hold its memory."""
 
 _FETCH_THREADS = 16
 _FETCH_AHEAD_BYTES = 64 << 20
@@ -198,7 +194,7 @@ class ShardEncoder:
         self._writer = ViewWriter(storage, plan.name, plan.recipe, about)
         self._apart: DecodeApart | None = None
         self._forward_apart: ForwardApart | None = None
-        self._turn: AbstractContextManager[Any] = nullcontext()
+        self._turn: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._tally = Tally()
         self._pool = ThreadPoolExecutor(self.encoder.concurrency or threads)
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS)
@@ -209,9 +205,9 @@ class ShardEncoder:
         from featurestore.encoders import runtime
 
         runtime.tune_process()
-        if runtime.device() == "cuda":
-            self._turn = Semaphore(_ON_GPU)
         self.encoder.load()
+        if self.encoder.concurrency is None:
+            self._turn = runtime.turns()
 
     def encode(self, task: EncodeTask) -> Result:
         """The shard's quarantine and view file; one that an earlier run finished is taken as it is.
@@ -399,7 +395,7 @@ class ShardEncoder:
             return error
 
     def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
-        with self._turn:
+        with self._turn():
             made = forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
         self._tally.halved(made.batches_halved)
         return made.vectors

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from featurestore.encoders import BaseEncoder, EncoderOptions
-from featurestore.encoders.runtime import device
+from featurestore.encoders.runtime import placed
 from featurestore.errors import InputError, MissingExtra
 
 __all__ = ["CheckpointEncoder", "CheckpointOptions", "file_of", "folder_of", "silent", "tokenizer_of"]
@@ -82,12 +82,23 @@ class CheckpointEncoder(BaseEncoder):
         """The error that says why a checkpoint is none of this encoder's."""
         return InputError(f"checkpoint {self.options.checkpoint!r} is none for encoder {self.key!r}: {why}")
 
-    def model(self, auto: str, unused: Iterable[str] = ()) -> Any:
+    def model(
+        self,
+        auto: str,
+        unused: Iterable[str] = (),
+        *,
+        part: Callable[[Any], Any] = lambda model: model,
+        method: str = "forward",
+        channels_last: bool = False,
+    ) -> Any:
         """Load the model with a class of transformers: in `dtype`, on this machine's device, ready to run.
 
         Args:
             auto: name of the class, e.g. `AutoModel`.
             unused: beginnings of names of weights that the encoder does not compute with, which may be missing.
+            part: takes what is kept of it.
+            method: what the encoder calls, which is compiled where option `compiled` says so.
+            channels_last: the layout that convolutions run best in.
 
         Raises:
             InputError: a weight is missing, is of another shape, or is one more than the architecture has.
@@ -110,8 +121,7 @@ class CheckpointEncoder(BaseEncoder):
             except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
                 raise self.unfit(" ".join(str(error).split())[:500]) from error
         self._check(loaded, told, tuple(unused))
-        loaded = loaded.eval().requires_grad_(False).to(device())
-        return torch.compile(loaded) if self.options.compiled else loaded
+        return placed(part(loaded), channels_last=channels_last, compiled=(method,) * self.options.compiled)
 
     def _check(self, loaded: Any, told: dict[str, Any], unused: tuple[str, ...]) -> None:
         missing = sorted(name for name in told["missing_keys"] if not name.startswith(unused or ("\0",)))

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders.audio_processors import AudioProcessor
+from featurestore.encoders.runtime import stacked, to_device
 from featurestore.encoders.towers import TowerEncoder, TowerOptions
 
 __all__ = ["Encoder", "Options"]
@@ -51,7 +52,7 @@ class Encoder(TowerEncoder):
     def _features(self, model: Any, values: Sequence[tuple[NDArray[np.float32], int]]) -> Any:
         import torch
 
-        features = torch.from_numpy(np.stack([each for each, _ in values])).to(model.device, model.dtype)
+        features = to_device(stacked([each for each, _ in values]), model.dtype)
         longer = torch.zeros((len(values), 1), dtype=torch.bool, device=model.device)
         return model.get_audio_features(input_features=features, is_longer=longer)
 

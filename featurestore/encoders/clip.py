@@ -15,6 +15,7 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders.image_processors import ImageProcessor
+from featurestore.encoders.runtime import stacked, to_device
 from featurestore.encoders.towers import TowerEncoder, TowerOptions
 
 if TYPE_CHECKING:
@@ -71,10 +72,7 @@ class Encoder(TowerEncoder):
         return self.processor(image)
 
     def _features(self, model: Any, values: Sequence[NDArray[np.float32]]) -> Any:
-        import torch
-
-        images_BCHW = torch.from_numpy(np.stack(values)).to(model.device, model.dtype)
-        return model.get_image_features(pixel_values=images_BCHW)
+        return model.get_image_features(pixel_values=to_device(stacked(values), model.dtype))
 
     def _padding(self) -> dict[str, Any]:
         return {"padding": "max_length" if self._pads_to_end else True, "max_length": self._max_tokens}

@@ -16,6 +16,7 @@ from pydantic import Field
 from featurestore import media
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions
 from featurestore.encoders.image_processors import ImageProcessor
+from featurestore.encoders.runtime import stacked, to_device, to_host
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,14 +76,13 @@ class Encoder(CheckpointEncoder):
         if not values:
             return np.empty((0, self.dim), np.float32)
         with torch.inference_mode():
-            images_BCHW = torch.from_numpy(np.stack(values)).to(model.device, model.dtype)
+            images_BCHW = to_device(stacked(values), model.dtype)
             if self._is_convolutional:
                 images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
             vectors_BD = self._pool(model(pixel_values=images_BCHW)).float()
             if self.normalised:
                 vectors_BD = torch.nn.functional.normalize(vectors_BD, dim=1)
-            vectors: NDArray[np.float32] = vectors_BD.cpu().numpy()
-        return vectors
+            return to_host(vectors_BD)
 
     def _pool(self, output: Any) -> Any:
         if self.pooling == "pooled":
@@ -95,7 +95,5 @@ class Encoder(CheckpointEncoder):
         return hidden[:, 0] if self.pooling == "cls" else hidden[:, 1:].mean(1)
 
     def _load(self) -> Any:
-        import torch
-
-        model = self.model("AutoModel", unused=() if self.pooling == "pooled" else ("pooler.",))
-        return model.to(memory_format=torch.channels_last) if self._is_convolutional else model
+        unused = () if self.pooling == "pooled" else ("pooler.",)
+        return self.model("AutoModel", unused, channels_last=self._is_convolutional)

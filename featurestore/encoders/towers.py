@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions, tokenizer_of
+from featurestore.encoders.runtime import to_device, to_host
 
 __all__ = ["TowerEncoder", "TowerOptions"]
 
@@ -50,10 +51,8 @@ class TowerEncoder(CheckpointEncoder):
                 output = self._features(model, values)
             else:
                 tokens = tokenizer(list(values), truncation=True, return_tensors="pt", **self._padding())
-                output = model.get_text_features(**tokens.to(model.device))
-            vectors_BD = torch.nn.functional.normalize(output.pooler_output.float(), dim=1)
-            vectors: NDArray[np.float32] = vectors_BD.cpu().numpy()
-        return vectors
+                output = model.get_text_features(**{name: to_device(each) for name, each in tokens.items()})
+            return to_host(torch.nn.functional.normalize(output.pooler_output.float(), dim=1))
 
     @abstractmethod
     def _features(self, model: Any, values: Sequence[Any]) -> Any:
@@ -65,8 +64,10 @@ class TowerEncoder(CheckpointEncoder):
 
     def _load(self) -> Any:
         tokenizer = tokenizer_of(self) if self.options.modality == "text" else None
-        model = self.model("AutoModel")
+        return self.model("AutoModel", part=self._own, method=f"get_{self.options.modality}_features"), tokenizer
+
+    def _own(self, model: Any) -> Any:
         (other,) = self.towers.keys() - {self.options.modality}
         for name in [name for name, _ in model.named_children() if name.startswith(self.towers[other])]:
             delattr(model, name)
-        return model, tokenizer
+        return model
