@@ -41,7 +41,7 @@ from pipelines.decode_apart import DecodeApart, ForwardApart
 from pipelines.forward import forward
 from pipelines.quarantine import rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
-from pipelines.tally import Tally
+from pipelines.tally import Busy, Tally
 from pipelines.view_writer import Beside, Earlier, ViewWriter, read_earlier, view_table
 from pipelines.workers import Work
 
@@ -195,7 +195,7 @@ class ShardEncoder:
         self._apart: DecodeApart | None = None
         self._forward_apart: ForwardApart | None = None
         self._turn: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._tally = Tally()
+        self._tally, self._open, self._computing = Tally(), Busy(), Busy()
         self._pool = ThreadPoolExecutor(self.encoder.concurrency or threads)
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS)
         self._done = storage.list(folder(plan))
@@ -263,10 +263,13 @@ class ShardEncoder:
         """Encodes what an earlier file does not hold. It stays in its place where it has these rows, and none is gained."""
         own = copy.copy(self)
         own._tally = Tally()
-        return own._make_from(task, earlier)
+        with self._open:
+            made = own._make_from(task, earlier)
+            return made._replace(spent=own._tally.spent(self._open, self._computing))
 
     def _make_from(self, task: EncodeTask, earlier: Earlier | None) -> Result:
-        rows = self._rows(task)
+        with self._tally.timed("waiting"):
+            rows = self._rows(task)
         field = rows[self.plan.field].to_pylist()
         ids = rows["id"].to_pylist()
         matrix = np.full((task.rows, self.encoder.dim), np.nan, np.float32)
@@ -301,7 +304,8 @@ class ShardEncoder:
             tried = sum(m["present"] for m in field)
             halved = self._tally.batches_halved + (earlier.footer.get("batches_halved", 0) if earlier and kept else 0)
             table = view_table(ids, matrix, digests, reasons)
-            made = self._writer.write(_beside(task), table, rejected, tried, halved)
+            with self._tally.timed("writing"):
+                made = self._writer.write(_beside(task), table, rejected, tried, halved)
         return made._replace(computed=len(todo))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
@@ -369,7 +373,8 @@ class ShardEncoder:
         outcomes: list[tuple[Any, bytes]] = []
         with self.storage.open(tar_path) if None in fetched else nullcontext() as tar:
             for value, future in zip(batch, fetched, strict=True):
-                raw = self._member(tar, tar_path, value) if future is None else future.result()
+                with self._tally.timed("waiting"):
+                    raw = self._member(tar, tar_path, value) if future is None else future.result()
                 if isinstance(raw, DecodeError):
                     outcomes.append((raw, value.digest))
                 else:
@@ -390,12 +395,13 @@ class ShardEncoder:
 
     def _decode(self, raw: bytes) -> Any:
         try:
-            return self.encoder.decode(raw) if self._apart is None else self._apart(raw)
+            with self._tally.timed("decoding"):
+                return self.encoder.decode(raw) if self._apart is None else self._apart(raw)
         except DecodeError as error:
             return error
 
     def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
-        with self._turn():
+        with self._turn(), self._computing, self._tally.timed("model"):
             made = forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
         self._tally.halved(made.batches_halved)
         return made.vectors
