@@ -42,8 +42,8 @@ __all__ = [
 
 # Modules of this package that encoders share: no encoders themselves.
 _SHARED = frozenset({
-    "audio_processors", "checkpoints", "contract", "endpoint", "image_processors", "mel", "option_errors", "processors",
-    "runtime", "towers",
+    "audio_processors", "checkpoints", "contract", "converted", "endpoint", "image_processors", "mel", "option_errors",
+    "processors", "runtime", "towers",
 })  # fmt: skip
 
 
