@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -247,14 +247,19 @@ def _tars(look: Inspection, snapshot: Snapshot, name: str) -> None:
                     look.say(rows[shard], f"its tar in the catalog has another {what} than its rows say")
 
 
+def _of_the_view(entry: Entry) -> dict[str, Any]:
+    """What a view's row of the catalog says that is the same of all its shards."""
+    return {name: each for name, each in entry.info().items() if name not in ("tried", "batches_halved")}
+
+
 def _recipe(look: Inspection, snapshot: Snapshot, name: str) -> None:
     """One recipe over all shards of a view, and it is that of the field and of the encoder's fingerprint."""
     entries = snapshot.entries(views.VIEW, name)
-    first = {**entries[0].info(), "tried": None}
+    first = _of_the_view(entries[0])
     for entry in entries:
         info = entry.info()
         encoder = info["encoder"]
-        if entry.recipe != entries[0].recipe or {**info, "tried": None} != first:
+        if entry.recipe != entries[0].recipe or _of_the_view(entry) != first:
             look.say(entry, f"made by another encoder than shard {entries[0].shard} (recipe {entry.recipe})")
         if (
             fingerprint_of({key: each for key, each in encoder.items() if key != "fingerprint"})

@@ -18,6 +18,13 @@ _GAUGES = {
     "braid_job_rejected": ("rejected", "Values in quarantine of the shards that it published."),
     "braid_job_busy_seconds": ("shard_s", "Seconds that its shards took, summed over workers."),
     "braid_job_longest_shard_seconds": ("longest_s", "Seconds that its longest shard took."),
+    "braid_job_worker_seconds": ("worker_s", "Seconds that its workers had shards to do, summed over workers."),
+    "braid_job_values_per_worker_second": ("values_per_worker_s", "Values that a worker computed in a second."),
+    "braid_job_waiting_seconds": ("waiting_s", "Seconds that threads of its workers waited for data."),
+    "braid_job_decoding_seconds": ("decoding_s", "Seconds that threads of its workers decoded."),
+    "braid_job_model_seconds": ("model_s", "Seconds that threads of its workers were in the model."),
+    "braid_job_writing_seconds": ("writing_s", "Seconds that threads of its workers wrote shards."),
+    "braid_job_stall_ratio": ("stall", "Share of its workers' seconds in which the model, or its GPU, had no batch."),
 }
 
 

@@ -5,7 +5,8 @@ Any step that was cut off is gone on with by running the spec again: what lies f
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -29,7 +30,9 @@ class Done(NamedTuple):
 
     From the catalog: `shards` that it published, and values of them that were `rejected`. From Beam: `values` computed now
     (those of shards taken up from an earlier run left out), `span_s` from its first shard's start to its last one's end (a
-    model's loading left out), `shard_s` that its shards took, summed, and `longest_s` of them.
+    model's loading left out), `shard_s` that its shards took, summed, and `longest_s` of them. Of encode, summed over workers:
+    `worker_s` that they had shards to do, and `values_per_worker_s` in these; over their threads, `waiting_s` for data,
+    `decoding_s`, `model_s` and `writing_s`; and `stall`, the share of `worker_s` in which the model, or its GPU, had no batch.
     """
 
     stage: str
@@ -41,6 +44,13 @@ class Done(NamedTuple):
     rejected: int | None = None
     shard_s: float | None = None
     longest_s: float | None = None
+    worker_s: float | None = None
+    values_per_worker_s: float | None = None
+    waiting_s: float | None = None
+    decoding_s: float | None = None
+    model_s: float | None = None
+    writing_s: float | None = None
+    stall: float | None = None
 
 
 class Work(NamedTuple):
@@ -189,14 +199,30 @@ class Runner:
 def _beam_metrics(outcome: Any) -> dict[str, Any]:
     """What Beam counted of a job's shards; nothing where the runner carries no metrics back."""
     found = outcome.metrics().query()
-    values = [each.committed for each in found["counters"] if each.key.metric.name == "values"]
+    counts: Counter[str] = Counter()
+    for each in found["counters"]:
+        counts[each.key.metric.name] += each.committed
     spans = [each.committed for each in found["distributions"] if each.key.metric.name == "span_ms"]
     took = [each.committed for each in found["distributions"] if each.key.metric.name == "shard_ms"]
     if not spans or not took:
         return {}
     return {
-        "values": sum(values),
+        "values": counts["values"],
         "span_s": (max(span.max for span in spans) - min(span.min for span in spans)) / 1000,
         "shard_s": sum(each.sum for each in took) / 1000,
         "longest_s": max(each.max for each in took) / 1000,
+        **_spent(counts),
+    }
+
+
+def _spent(counts: Mapping[str, int]) -> dict[str, float]:
+    """Of a stage whose workers tell what their time went to."""
+    worker_ms = counts.get("open_ms", 0)
+    if not worker_ms:
+        return {}
+    return {
+        "worker_s": worker_ms / 1000,
+        "values_per_worker_s": 1000 * counts["values"] / worker_ms,
+        **{f"{step}_s": counts[f"{step}_ms"] / 1000 for step in ("waiting", "decoding", "model", "writing")},
+        "stall": max(0.0, 1 - counts["computing_ms"] / worker_ms),
     }

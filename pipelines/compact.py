@@ -118,15 +118,15 @@ class Compactor:
     def __init__(self, storage: Storage, corpus: dict[str, Any], version: int) -> None:
         self._storage, self._writer = storage, ShardWriter(storage, corpus)
         snapshot = Catalog(storage).snapshot(version)
-        self._views: list[tuple[View, ViewWriter, Entries]] = []
+        self._views: list[tuple[View, ViewWriter, Entries, Entries]] = []
         for name in snapshot.names(VIEW):
-            entry = snapshot.entries(VIEW, name)[0]
-            about = entry.info()
+            stored = snapshot.entries(VIEW, name)
+            about = stored[0].info()
             if about["corpus"] == corpus["name"]:
                 about = {key: about[key] for key in ("corpus", "field", "encoder")}
-                writer = ViewWriter(storage, name, entry.recipe, about)
-                quarantine = snapshot.entries(QUARANTINE, f"encode/{name}", entry.recipe)
-                self._views.append((whole(snapshot, [name])[name], writer, quarantine))
+                writer = ViewWriter(storage, name, stored[0].recipe, about)
+                quarantine = snapshot.entries(QUARANTINE, f"encode/{name}", stored[0].recipe)
+                self._views.append((whole(snapshot, [name])[name], writer, stored, quarantine))
 
     def write(self, task: ShardTask) -> Result:
         """One shard and its part of every view; the Result has the entries of all."""
@@ -137,9 +137,10 @@ class Compactor:
         plan = read_plan(self._storage, task)
         places = [(reference.uri, reference.offset) for reference in plan]
         ids = {(reference.uri, reference.id) for reference in plan}
-        for view, writer, quarantine in self._views:
+        for view, writer, stored, quarantine in self._views:
             table, tried = _copied(view, places)
-            copied = writer.write(beside, table, _rejected(self._storage, quarantine, ids), tried)
+            halved = _halved(stored, {shard_key for shard_key, _ in places})
+            copied = writer.write(beside, table, _rejected(self._storage, quarantine, ids), tried, halved)
             entries += [Entry(*each) for each in json.loads(copied.entries)]
         return made._replace(entries=json.dumps(entries))
 
@@ -171,6 +172,11 @@ def _copied(view: View, places: list[tuple[str, int]]) -> tuple[pa.Table, int]:
     rows = pa.concat_tables(view.corpus.read(shard).select(view.fields) for shard in tables).take(at)
     given = sum(pc.sum(pc.struct_field(rows[field], "present")).as_py() or 0 for field in view.fields)
     return pa.table(columns, schema=view_schema(view.dim)), given
+
+
+def _halved(stored: Entries, shards: set[str]) -> int:
+    """How many batches were halved for a view's old shards."""
+    return sum(entry.info().get("batches_halved", 0) for each in shards if (entry := stored.find(each)))
 
 
 def _rejected(storage: Storage, quarantine: Entries, ids: set[tuple[str, str]]) -> list[dict[str, Any]]:

@@ -20,12 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import numpy as np
-
 from featurestore import encoders, media
 from featurestore.encoders.runtime import tune_process
 from featurestore.errors import DecodeError
-from pipelines.forward import forward
+from pipelines.forward import Forwarded, forward
 from pipelines.workers import Process
 
 __all__ = ["DecodeApart", "ForwardApart"]
@@ -178,14 +176,17 @@ class ForwardApart(_Apart):
     def __init__(self, encoder: str, options: Mapping[str, Any]) -> None:
         super().__init__("encoder", _Work(encoder, dict(options), MEMORY_BYTES, forwards=True))
 
-    def __call__(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
+    def __call__(self, values: list[Any]) -> Forwarded:
         """What `forward` gives for decoded values; `killed_encoder` or `encoder_timeout` for one that does so alone, twice."""
+        if not values:
+            return Forwarded([])
         try:
-            return list(self._ask(values)) if values else []
+            made: Forwarded = self._ask(values)
+            return made
         except _Lost as lost:
             if len(values) == 1:
-                return [DecodeError(lost.reason, lost.detail)]
-        return [vector for value in values for vector in self([value])]
+                return Forwarded([DecodeError(lost.reason, lost.detail)])
+        return Forwarded([vector for value in values for vector in self([value]).vectors])
 
 
 class _Lost(Exception):

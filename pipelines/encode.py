@@ -12,7 +12,8 @@ vectors of values that are the same now are copied, and only the others are enco
 Batches form from the data alone (by size of the raw value, then id; images by row), so the same shard gives the same bytes
 on one kind of device, whatever the number of threads and workers. A bad value goes to quarantine without its batch; so does
 one outside the store that is `gone` or `changed` since it was sharded, and one whose vector is none: `nan_output`, or
-`zero_output` where the encoder says length 1.
+`zero_output` where the encoder says length 1. A batch that does not fit into memory is halved, which may move the last bits of
+its vectors: the shard's footer and its catalog row say how often, as `batches_halved`.
 
 A view of several fields has a vector of each sample that has a value of any of them which can be decoded: the encoder is
 told which are missing (what it gives its model for those is its own to say), and rejected values are missing too. Where the
@@ -23,11 +24,10 @@ import copy
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from threading import Semaphore
 from typing import IO, Any, NamedTuple
 
 import apache_beam as beam
@@ -49,11 +49,9 @@ from pipelines.encode_plan import EncodeTask, ViewPlan, folder
 from pipelines.forward import forward
 from pipelines.quarantine import rejection
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, typed
+from pipelines.tally import Busy, Tally
 from pipelines.view_writer import Beside, Earlier, ViewWriter, read_earlier, view_table
 from pipelines.workers import Work
-
-_ON_GPU = 2
-"""Batches on a GPU at once: one computes while the other is copied there; more would only hold its memory."""
 
 _FETCH_THREADS = 16
 _FETCH_AHEAD_BYTES = 64 << 20
@@ -117,7 +115,8 @@ class ShardEncoder:
         self._writer = ViewWriter(storage, plan.name, plan.recipe, about)
         self._apart: DecodeApart | None = None
         self._forward_apart: ForwardApart | None = None
-        self._turn: AbstractContextManager[Any] = nullcontext()
+        self._turn: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._tally, self._open, self._computing = Tally(), Busy(), Busy()
         self._pool = ThreadPoolExecutor(self.encoder.concurrency or threads)
         self._fetchers = ThreadPoolExecutor(_FETCH_THREADS)
         self._done = storage.list(folder(plan))
@@ -127,9 +126,9 @@ class ShardEncoder:
         from featurestore.encoders import runtime
 
         runtime.tune_process()
-        if runtime.device() == "cuda":
-            self._turn = Semaphore(_ON_GPU)
         self.encoder.load()
+        if self.encoder.concurrency is None:
+            self._turn = runtime.turns()
 
     def encode(self, task: EncodeTask) -> Result:
         """The shard's quarantine and view file; one that an earlier run finished is taken as it is.
@@ -176,7 +175,7 @@ class ShardEncoder:
             footer = artefact.read_footer(content)
             quarantine = [artefact.Placed(*each) for each in footer.get("quarantine", [])]
             held = all(artefact.holds(self.storage, each) for each in quarantine)
-            told = footer.get("tried", 0), footer.get("example", "")
+            told = footer.get("tried", 0), footer.get("example", ""), footer.get("batches_halved", 0)
             if held and footer == self._writer.footer(_beside(task), quarantine, *told):
                 return self._writer.result(_beside(task), artefact.Placed(path, len(content), sha256), footer)
         return None
@@ -196,7 +195,15 @@ class ShardEncoder:
 
     def make_from(self, task: EncodeTask, earlier: Earlier | None) -> Result:
         """Encodes what an earlier file does not hold. It stays in its place where it has these rows, and none is gained."""
-        rows = self._rows(task)
+        own = copy.copy(self)
+        own._tally = Tally()
+        with self._open:
+            made = own._make_from(task, earlier)
+            return made._replace(spent=own._tally.spent(self._open, self._computing))
+
+    def _make_from(self, task: EncodeTask, earlier: Earlier | None) -> Result:
+        with self._tally.timed("waiting"):
+            rows = self._rows(task)
         ids, fields = rows["id"].to_pylist(), views.fields_of(self.plan.field)
         members = list(zip(*(rows[field].to_pylist() for field in fields), strict=True))
         given, reasons, inputs = (list(each) for each in zip(*views.inputs(rows, self.plan.field), strict=True))
@@ -230,7 +237,10 @@ class ShardEncoder:
         else:
             rejected = [*chain.from_iterable(kept.values()), *rejected]
             tried = sum(m["present"] for m in chain.from_iterable(members))
-            made = self._writer.write(_beside(task), view_table(ids, matrix, digests, reasons), rejected, tried)
+            halved = self._tally.batches_halved + (earlier.footer.get("batches_halved", 0) if earlier and kept else 0)
+            table = view_table(ids, matrix, digests, reasons)
+            with self._tally.timed("writing"):
+                made = self._writer.write(_beside(task), table, rejected, tried, halved)
         return made._replace(computed=sum(len(row.present()) for row in todo))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
@@ -311,7 +321,8 @@ class ShardEncoder:
         value = row.values[place]
         if value is None:
             return None, None
-        raw = self._member(tar, tar_path, row, value) if future is None else future.result()
+        with self._tally.timed("waiting"):
+            raw = self._member(tar, tar_path, row, value) if future is None else future.result()
         return (raw, value.digest) if isinstance(raw, DecodeError) else (self._decode(raw, place), input_digest(raw))
 
     def _member(self, tar: IO[bytes] | None, tar_path: str, row: Row, value: Value) -> bytes:
@@ -325,13 +336,16 @@ class ShardEncoder:
 
     def _decode(self, raw: bytes, place: int) -> Any:
         try:
-            return (self.encoder.decode_field if self._apart is None else self._apart)(raw, place)
+            with self._tally.timed("decoding"):
+                return (self.encoder.decode_field if self._apart is None else self._apart)(raw, place)
         except DecodeError as error:
             return error
 
     def _forward(self, values: list[Any]) -> list[np.ndarray | DecodeError]:
-        with self._turn:
-            return forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
+        with self._turn(), self._computing, self._tally.timed("model"):
+            made = forward(self.encoder, values) if self._forward_apart is None else self._forward_apart(values)
+        self._tally.halved(made.batches_halved)
+        return made.vectors
 
 
 def _value(field: str, member: Mapping[str, Any]) -> Value | None:

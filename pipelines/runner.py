@@ -31,6 +31,7 @@ from featurestore.errors import AlignmentError, BraidError, BudgetExceeded, Inpu
 from featurestore.storage import Storage
 from pipelines import dataflow, log, portable_runner
 from pipelines.beam_options import check_files, given
+from pipelines.tally import Spent
 from pipelines.workers import Work, Workers
 
 _EXAMPLE_LENGTH = 300
@@ -44,7 +45,8 @@ class Result(NamedTuple):
     """What a worker made of one shard (or of one build): the entries to publish, and what it rejected.
 
     `entries` is a JSON list of catalog entries; `tried` and `rejected` count values; `example` is one rejection in words;
-    `computed` counts the values that were worked on just now, none of a shard that an earlier run finished.
+    `computed` counts the values that were worked on just now, none of a shard that an earlier run finished; `spent` is what
+    that took, where the stage tells it.
     """
 
     shard: str
@@ -53,6 +55,7 @@ class Result(NamedTuple):
     rejected: int
     example: str
     computed: int = 0
+    spent: Spent = Spent()
 
 
 def result(shard: str, entries: Sequence[Entry], tried: int = 0, rejected: int = 0, example: str = "") -> Result:
@@ -92,7 +95,8 @@ class InFlight(beam.DoFn):
     here, whichever is free takes the next task: a large shard holds up nothing but itself.
 
     Metrics, in the stage's namespace: counters `shards` and `rejected` (of all, those taken up from an earlier run too) and
-    `values` (computed now); distributions `shard_ms` (what each took) and `span_ms` (times at which they begin and end).
+    `values` (computed now), and what `Spent` holds, by its names; distributions `shard_ms` (what each took) and `span_ms`
+    (times at which they begin and end).
 
     Args:
         job: stage and name, as in `encode image`.
@@ -110,6 +114,7 @@ class InFlight(beam.DoFn):
         self._values = Metrics.counter(stage, "values")
         self._shards = Metrics.counter(stage, "shards")
         self._rejected = Metrics.counter(stage, "rejected")
+        self._spent = {name: Metrics.counter(stage, name) for name in Spent._fields}
         self._shard_ms = Metrics.distribution(stage, "shard_ms")
         self._span_ms = Metrics.distribution(stage, "span_ms")
 
@@ -169,6 +174,8 @@ class InFlight(beam.DoFn):
             self._values.inc(made.computed)
             self._shards.inc()
             self._rejected.inc(made.rejected)
+            for name, counter in self._spent.items():
+                counter.inc(getattr(made.spent, name))
             self._shard_ms.update(round(took * 1000))
             self._span_ms.update(_now_ms())
             yield keyed(made)

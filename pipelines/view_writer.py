@@ -44,8 +44,10 @@ class ViewWriter:
         """Where the view's shards are."""
         return f"views/{self.name}/{self.recipe}"
 
-    def footer(self, beside: Beside, quarantine: list[artefact.Placed], tried: int, example: str) -> dict[str, Any]:
-        """What a shard's file says of itself."""
+    def footer(
+        self, beside: Beside, quarantine: list[artefact.Placed], tried: int, example: str, halved: int = 0
+    ) -> dict[str, Any]:
+        """What a shard's file says of itself; of batches that were halved nothing where none was."""
         return {
             "kind": views.VIEW,
             "shard": beside.shard,
@@ -56,9 +58,12 @@ class ViewWriter:
             "quarantine": [list(each) for each in quarantine],
             "tried": tried,
             "example": example,
+            **_halved(halved),
         }
 
-    def write(self, beside: Beside, table: pa.Table, rejected: list[dict[str, Any]], tried: int) -> Result:
+    def write(
+        self, beside: Beside, table: pa.Table, rejected: list[dict[str, Any]], tried: int, halved: int = 0
+    ) -> Result:
         """Places a shard's quarantine, where anything was rejected, and its file.
 
         Args:
@@ -66,11 +71,12 @@ class ViewWriter:
             table: of `views.schema`, a row for each of the corpus shard's.
             rejected: what the encoder rejected, as `quarantine.rejection` makes it.
             tried: number of values that it was given.
+            halved: how often a batch of them was halved because it did not fit into memory.
         """
         stem = f"quarantine/encode/{self.name}/{self.recipe}/{beside.shard}"
         quarantine = place_rejected(self.storage, rejected, stem)
         example = f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else ""
-        footer = self.footer(beside, quarantine, tried, example)
+        footer = self.footer(beside, quarantine, tried, example, halved)
         placed = artefact.place_table(self.storage, table, f"{self.folder}/{beside.shard}", footer)
         return self.result(beside, placed, footer)
 
@@ -78,7 +84,8 @@ class ViewWriter:
         """The Result of a shard whose file is there."""
         path, size, sha256 = placed
         made_from = beside.sha256
-        about = json.dumps({**self._about, "tried": footer["tried"]}, sort_keys=True)
+        told = {"tried": footer["tried"], **_halved(footer.get("batches_halved", 0))}
+        about = json.dumps({**self._about, **told}, sort_keys=True)
         entries = [
             Entry(
                 views.VIEW, self.name, self.recipe, beside.shard, path, beside.rows, size, sha256, beside.ids_sha256,
@@ -95,6 +102,10 @@ class ViewWriter:
                 )
             )
         return result(beside.shard, entries, footer["tried"], rejected, footer["example"])
+
+
+def _halved(times: int) -> dict[str, int]:
+    return {"batches_halved": times} if times else {}
 
 
 class Earlier(NamedTuple):

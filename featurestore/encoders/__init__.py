@@ -41,20 +41,10 @@ __all__ = [
 ]  # fmt: skip
 
 # Modules of this package that encoders share: no encoders themselves.
-_SHARED = frozenset(
-    (
-        *(
-            "audio_processors",
-            "checkpoints",
-            "contract",
-            "endpoint",
-            "image_processors",
-            "joint_idefics",
-            "joint_perceiver",
-        ),
-        *("joint_regions", "mel", "option_errors", "runtime"),
-    )
-)
+_SHARED = frozenset({
+    "audio_processors", "checkpoints", "contract", "converted", "endpoint", "image_processors", "joint_idefics",
+    "joint_perceiver", "joint_regions", "mel", "option_errors", "processors", "runtime", "towers",
+})  # fmt: skip
 
 
 class EncoderOptions(BaseModel):

@@ -8,11 +8,10 @@ Weights are safetensors alone: a pickle could run code. No code of a checkpoint 
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +19,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from featurestore.encoders import BaseEncoder, EncoderOptions
-from featurestore.encoders.runtime import device
+from featurestore.encoders import BaseEncoder, EncoderOptions, converted
+from featurestore.encoders.runtime import device, placed
 from featurestore.errors import InputError, MissingExtra
 
 __all__ = ["CheckpointEncoder", "CheckpointOptions", "file_of", "folder_of", "silent", "tokenizer_of"]
@@ -82,16 +81,38 @@ class CheckpointEncoder(BaseEncoder):
         """The error that says why a checkpoint is none of this encoder's."""
         return InputError(f"checkpoint {self.options.checkpoint!r} is none for encoder {self.key!r}: {why}")
 
-    def model(self, auto: str, unused: Iterable[str] = ()) -> Any:
+    def model(
+        self,
+        auto: str,
+        unused: Iterable[str] = (),
+        *,
+        part: Callable[[Any], Any] = lambda model: model,
+        method: str = "forward",
+        channels_last: bool = False,
+    ) -> Any:
         """Load the model with a class of transformers: in `dtype`, on this machine's device, ready to run.
 
         Args:
             auto: name of the class, e.g. `AutoModel`.
             unused: beginnings of names of weights that the encoder does not compute with, which may be missing.
+            part: takes what is kept of it.
+            method: what the encoder calls, which is compiled where option `compiled` says so.
+            channels_last: the layout that convolutions run best in.
 
         Raises:
             InputError: a weight is missing, is of another shape, or is one more than the architecture has.
         """
+        folder, dtype, unused = self.folder, self.options.dtype, tuple(unused)
+        # On a GPU each process copies its weights anyway.
+        if device() == "cpu" and converted.differs(folder, dtype):
+            card, options = self.card(), self.options.model_dump(mode="json", by_alias=True)
+            told = {"files": card["weights"], "libraries": card["libraries"], "dtype": dtype}
+            folder = converted.folder_of_copy(converted.Copy(self.key, options, auto, unused), told) or folder
+        loaded = part(self.read(folder, auto, unused))
+        return placed(loaded, channels_last=channels_last, compiled=(method,) * self.options.compiled)
+
+    def read(self, folder: Path, auto: str, unused: tuple[str, ...]) -> Any:
+        """Load the model from a folder, whole, in `dtype` and on the CPU. InputError as of `model`."""
         import torch
         import transformers
         from safetensors import SafetensorError
@@ -99,7 +120,7 @@ class CheckpointEncoder(BaseEncoder):
         with silent():
             try:
                 loaded, told = getattr(transformers, auto).from_pretrained(
-                    self.folder,
+                    folder,
                     local_files_only=True,
                     use_safetensors=True,
                     dtype=getattr(torch, self.options.dtype),
@@ -109,9 +130,8 @@ class CheckpointEncoder(BaseEncoder):
                 )
             except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
                 raise self.unfit(" ".join(str(error).split())[:500]) from error
-        self._check(loaded, told, tuple(unused))
-        loaded = loaded.eval().requires_grad_(False).to(device())
-        return torch.compile(loaded) if self.options.compiled else loaded
+        self._check(loaded, told, unused)
+        return loaded
 
     def _check(self, loaded: Any, told: dict[str, Any], unused: tuple[str, ...]) -> None:
         missing = sorted(name for name in told["missing_keys"] if not name.startswith(unused or ("\0",)))
@@ -243,7 +263,7 @@ def _fetched(address: str) -> Path:
         raise InputError(f"checkpoint {address} has {size} bytes; at most {MAX_BYTES} are fetched")
     state = [(name, each["size"], str(each.get("ETag") or each.get("etag"))) for name, each in wanted.items()]
     key = hashlib.sha256(json.dumps([address, state]).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "braid" / "checkpoints"
+    cache = converted.cache_folder("checkpoints")
     if not (cache / key).is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=cache, prefix=f"{key}-"))

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders import BaseEncoder, EncoderOptions, package_file
-from featurestore.encoders.runtime import device
+from featurestore.encoders.runtime import placed, stacked, to_device, to_host
 
 if TYPE_CHECKING:
     import torch
@@ -92,16 +92,15 @@ class Encoder(BaseEncoder):
             return np.empty((0, self.dim), np.float32)
         with torch.inference_mode():
             # [B, H, W, C] seen as [B, C, H, W] is channels-last as it stands: nothing is copied for the layout.
-            images_BCHW = torch.from_numpy(np.stack(values)).permute(0, 3, 1, 2).to(device())
-            features: NDArray[np.float32] = model((images_BCHW.float() - MEAN) / SCALE).cpu().numpy()
-        return features
+            images_BCHW = to_device(stacked(values)).permute(0, 3, 1, 2)
+            return to_host(model((images_BCHW.float() - MEAN) / SCALE))
 
     def _load(self) -> Any:
         import torch
 
         (path,) = self.weights().values()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return build(state).eval().to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return placed(build(state), channels_last=True)
 
 
 def build(state: Mapping[str, "torch.Tensor"]) -> "torch.nn.Module":

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from featurestore.encoders.audio_processors import AudioProcessor
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions
+from featurestore.encoders.runtime import stacked, to_device, to_host
 
 __all__ = ["Encoder", "Options"]
 
@@ -79,13 +80,12 @@ class Encoder(CheckpointEncoder):
             if self._type in WAVES:
                 vectors_BD = self._waves(model, values)
             else:
-                features = torch.from_numpy(np.stack([each for each, _ in values])).to(model.device, model.dtype)
+                features = to_device(stacked([each for each, _ in values]), model.dtype)
                 vectors_BD = self._spectrograms(model, features, [samples for _, samples in values])
             vectors_BD = vectors_BD.float()
             if self.normalised:
                 vectors_BD = torch.nn.functional.normalize(vectors_BD, dim=1)
-            vectors: NDArray[np.float32] = vectors_BD.cpu().numpy()
-        return vectors
+            return to_host(vectors_BD)
 
     def _waves(self, model: Any, values: Sequence[tuple[NDArray[np.float32], int]]) -> Any:
         import torch
@@ -98,9 +98,9 @@ class Encoder(CheckpointEncoder):
         rows: dict[int, Any] = {}
         for own in together:
             longest = max(lengths[each] for each in own)
-            waves = np.stack([np.pad(values[each][0], (0, longest - lengths[each])) for each in own])
-            waves_BN = torch.from_numpy(waves).to(model.device, model.dtype)
-            ends_B = torch.tensor([lengths[each] for each in own], device=model.device)
+            waves = [np.pad(values[each][0], (0, longest - lengths[each])) for each in own]
+            waves_BN = to_device(stacked(waves), model.dtype)
+            ends_B = to_device(torch.tensor([lengths[each] for each in own]))
             mask_BN = (torch.arange(longest, device=model.device) < ends_B[:, None]).long()
             hidden_BTD = model(waves_BN, attention_mask=mask_BN if self._is_masked else None).last_hidden_state
             frames_B = model._get_feat_extract_output_lengths(ends_B).clamp_min(1)
@@ -115,12 +115,14 @@ class Encoder(CheckpointEncoder):
         hidden_BTD = model(features).last_hidden_state
         hop = int(self.processor.settings["feature_extractor"].get("hop_length", 160)) * WHISPER_STRIDE
         frames = [min(hidden_BTD.shape[1], -(-each // hop)) for each in samples]
-        return _mean(hidden_BTD.float(), torch.tensor(frames, device=hidden_BTD.device))
+        return _mean(hidden_BTD.float(), to_device(torch.tensor(frames)))
 
     def _load(self) -> Any:
+        def part(model: Any) -> Any:
+            return model.get_encoder() if self._type == "whisper" else model
+
         # What only training uses may be missing.
-        model = self.model("AutoModel", unused=("masked_spec_embed",))
-        return model.get_encoder() if self._type == "whisper" else model
+        return self.model("AutoModel", unused=("masked_spec_embed",), part=part)
 
 
 def _mean(hidden_BTD: Any, frames_B: Any) -> Any:

@@ -16,6 +16,7 @@ from pydantic import Field
 from featurestore import media
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions
 from featurestore.encoders.image_processors import ImageProcessor
+from featurestore.encoders.runtime import stacked, to_device, to_host
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,8 +79,7 @@ class Encoder(CheckpointEncoder):
             vectors_BD = self._pool(self._run(values)).float()
             if self.normalised:
                 vectors_BD = torch.nn.functional.normalize(vectors_BD, dim=1)
-            vectors: NDArray[np.float32] = vectors_BD.cpu().numpy()
-        return vectors
+            return to_host(vectors_BD)
 
     def patches(self, values: Sequence[NDArray[np.float32]]) -> tuple[Any, tuple[int, int]]:
         """Run the network on one batch: [B, T, D] of its patches or cells, row by row, and the number of rows and columns."""
@@ -98,7 +98,7 @@ class Encoder(CheckpointEncoder):
         import torch
 
         model = self.load()
-        images_BCHW = torch.from_numpy(np.stack(values)).to(model.device, model.dtype)
+        images_BCHW = to_device(stacked(values), model.dtype)
         if self._is_convolutional:
             images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         return model(pixel_values=images_BCHW)
@@ -114,7 +114,5 @@ class Encoder(CheckpointEncoder):
         return hidden[:, 0] if self.pooling == "cls" else hidden[:, 1:].mean(1)
 
     def _load(self) -> Any:
-        import torch
-
-        model = self.model("AutoModel", unused=() if self.pooling == "pooled" else ("pooler.",))
-        return model.to(memory_format=torch.channels_last) if self._is_convolutional else model
+        unused = () if self.pooling == "pooled" else ("pooler.",)
+        return self.model("AutoModel", unused, channels_last=self._is_convolutional)

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions, tokenizer_of
+from featurestore.encoders.runtime import to_device, to_host
 
 __all__ = ["Encoder", "Options"]
 
@@ -120,16 +121,14 @@ class Encoder(CheckpointEncoder):
         tokenizer, model, cut = self.load()
         if not values:
             return np.empty((0, self.dim), np.float32)
-        batch = tokenizer(list(values), padding=True, truncation=True, max_length=cut, return_tensors="pt").to(
-            model.device
-        )
+        tokens = tokenizer(list(values), padding=True, truncation=True, max_length=cut, return_tensors="pt")
         with torch.inference_mode():
+            batch = {name: to_device(each) for name, each in tokens.items()}
             hidden_BTD = model(**batch).last_hidden_state
             pooled_BD = pool(hidden_BTD.float(), batch["attention_mask"], self.pooling)[:, : self.dim]
             if self.normalised:
                 pooled_BD = torch.nn.functional.normalize(pooled_BD, dim=1)
-            vectors: NDArray[np.float32] = pooled_BD.cpu().numpy()
-        return vectors
+            return to_host(pooled_BD)
 
     def _load(self) -> Any:
         tokenizer = tokenizer_of(self)

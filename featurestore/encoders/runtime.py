@@ -1,20 +1,137 @@
-"""Where models run, and the process settings that workers run best with on CPU."""
+"""Where models run, how values come to a GPU and vectors back, and the process settings that workers run best with on CPU.
+
+Every copy to or from a GPU is made here, out of and into pinned memory, and waits for nothing but itself: threads take turns at
+a few streams, so that one batch computes while the next is copied there and the last one back. A thread that waits for its
+vectors sleeps until an event of its own stream, and leaves its core to those that decode.
+
+A model of bfloat16 or float16 holds its weights so, and is given its input so. Autocast would keep float32 weights, twice the
+memory, and cast them again at every forward, as nothing here is trained.
+"""
 
 import ctypes
 import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["device", "keep_freed_memory", "tune_process"]
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "device", "keep_freed_memory", "lacks_memory", "placed", "stacked", "to_device", "to_host", "tune_process", "turns",
+]  # fmt: skip
+
+ON_GPU = 2
+"""Batches on a GPU at once: one computes while the other is copied; more would only hold its memory."""
 
 # mallopt's parameters (malloc.h). glibc takes a mmap threshold of at most 32 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MIB = 2**20
 
+_SHORT = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says where memory is short and it raises no class of its own: its CPU allocator, CUDA, cuBLAS."""
 
+
+@cache
 def device() -> str:
     """The device of every model of this process: `cuda`, the first GPU that it sees, where there is one; else `cpu`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def placed(model: Any, *, channels_last: bool = False, compiled: Sequence[str] = ()) -> Any:
+    """Bring a model to this process's device, ready to run.
+
+    Args:
+        model: a module.
+        channels_last: lay its weights out so, as convolutions run best; its images are to be laid out so too.
+        compiled: its methods that `torch.compile` compiles, each when it is first called.
+    """
+    import torch
+
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    model = model.eval().requires_grad_(False).to(device(), memory_format=layout)
+    for name in compiled:
+        setattr(model, name, torch.compile(getattr(model, name)))
+    return model
+
+
+def stacked(arrays: Sequence[NDArray[Any]]) -> "torch.Tensor":
+    """Arrays of one shape and dtype as one tensor [len(arrays), …] of this machine, for `to_device`."""
+    import torch
+
+    kind = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+    batch = torch.empty((len(arrays), *arrays[0].shape), dtype=kind, pin_memory=device() == "cuda")
+    np.stack(arrays, out=batch.numpy())
+    return batch
+
+
+def to_device(batch: "torch.Tensor", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+    """A tensor of this machine where the models are, there cast to a dtype. On a GPU it comes while this thread goes on."""
+    if device() == "cuda" and not batch.is_pinned():
+        batch = batch.pin_memory()
+    return batch.to(device(), non_blocking=True).to(dtype or batch.dtype)
+
+
+def to_host(made: "torch.Tensor") -> NDArray[np.float32]:
+    """A model's output as float32 of this machine. Of a GPU this thread waits for it asleep, and for no other's."""
+    import torch
+
+    made = made.float()
+    if made.device.type == "cuda":
+        there, made = made, torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+        made.copy_(there, non_blocking=True)
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+        done.synchronize()
+    vectors: NDArray[np.float32] = made.numpy()
+    return vectors
+
+
+def turns() -> Callable[[], AbstractContextManager[Any]]:
+    """Return what a batch is encoded in, of a model that is loaded: on a CPU nothing, on a GPU one of its `ON_GPU` turns.
+
+    Each turn is a stream of its own, however many threads take them: memory that was freed is used again by its stream alone.
+    """
+    if device() == "cpu":
+        return nullcontext
+    free: SimpleQueue[AbstractContextManager[Any]] = SimpleQueue()
+    for stream in _streams(ON_GPU):
+        free.put(stream)
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        stream = free.get()
+        try:
+            with stream:
+                yield
+        finally:
+            free.put(stream)
+
+    return turn
+
+
+def _streams(count: int) -> list[AbstractContextManager[Any]]:
+    import torch
+
+    # They do not wait for the one that the weights came on.
+    torch.cuda.synchronize()
+    return [torch.cuda.stream(torch.cuda.Stream()) for _ in range(count)]
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that a forward did not fit into memory: a GPU's, or this machine's."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _SHORT)
 
 
 def keep_freed_memory() -> bool:
@@ -38,7 +155,7 @@ def keep_freed_memory() -> bool:
 
 
 def tune_process(torch_threads: int = 1) -> bool:
-    """Fix how many threads one forward uses, and keep freed memory.
+    """Fix how many threads one forward uses, keep freed memory, and let a GPU's float32 be float32.
 
     Call once per worker process, before the first forward; calling again changes nothing.
 
@@ -52,4 +169,6 @@ def tune_process(torch_threads: int = 1) -> bool:
 
     if torch.get_num_threads() != torch_threads:
         torch.set_num_threads(torch_threads)
+    # Else convolutions are rounded to 10 bits of mantissa (TF32): a component moves by 1e-3.
+    torch.backends.cudnn.allow_tf32 = False
     return keep_freed_memory()

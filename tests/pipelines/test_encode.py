@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,7 @@ def test_two_batches_at_most_are_on_a_gpu_and_one_a_thread_on_a_cpu(
     sharded: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, most: set[int]
 ) -> None:
     monkeypatch.setattr(runtime, "device", lambda: device)
+    monkeypatch.setattr(runtime, "_streams", lambda count: [nullcontext()] * count)
     bench = Bench(sharded, tmp_path / "store", threads=4)
     worker = bench.worker()
     worker.load()
