@@ -296,7 +296,7 @@ class ShardEncoder:
             rejected = [*filter(None, kept.values()), *rejected]
             tried = sum(m["present"] for m in field)
             made = self._writer.write(_beside(task), view_table(ids, matrix, digests, reasons), rejected, tried)
-        return made._replace(computed=len(todo))
+        return made._replace(computed=len(todo), read_bytes=sum(value.size for value in todo))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
         entry = Entry(ROWS, "", "", task.shard, task.rows_path, task.rows, 0, task.sha256, task.ids_sha256)

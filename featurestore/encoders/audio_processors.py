@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from featurestore import media
 from featurestore.encoders.checkpoints import CheckpointEncoder, silent
 
-__all__ = ["AudioProcessor"]
+__all__ = ["MIN_SECONDS", "AudioProcessor"]
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 MIN_SECONDS = 0.05

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from featurestore import media
-from featurestore.encoders.audio_processors import AudioProcessor
+from featurestore.encoders.audio_processors import MIN_SECONDS, AudioProcessor
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions, tokenizer_of
 
 __all__ = ["Encoder", "Options"]
@@ -39,6 +39,7 @@ class Encoder(CheckpointEncoder):
     modalities = ("audio", "text")
     libraries: ClassVar[tuple[str, ...]] = ("safetensors", "soundfile", "soxr", "tokenizers", "torch", "transformers")
     normalised = True
+    shortest_s = MIN_SECONDS
     options: Options
 
     def __init__(self, options: Options) -> None:
