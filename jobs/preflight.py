@@ -217,7 +217,8 @@ class _Trial:
         """Bool [sampled]: whether a sample has a value of any of the view's fields."""
         fields = self.todo.views[view].field.split("+")
         present = [np.asarray(pc.struct_field(self.rows[field], "present")) for field in fields]
-        return np.logical_or.reduce(present)
+        given: np.ndarray = np.logical_or.reduce(present)
+        return given
 
     def encode(self, size: Size) -> Size:
         """A view: encodes the sample as often as it takes to keep all threads at work."""

@@ -152,10 +152,10 @@ def _new_shards(spec: Spec, found: Any) -> int:
     if not found.samples:
         return 0
     if spec.corpus.source.adopt:
-        return min(found.samples, len(expand(spec.corpus.source.path)))
+        return min(int(found.samples), len(expand(spec.corpus.source.path)))
     full = max(found.samples / spec.corpus.shard_rows, found.bytes / (spec.corpus.shard_mb << 20))
     ranges: int = found.ranges(plan.corpus_dict(spec))
-    return ranges * math.ceil(full / ranges)
+    return int(ranges * math.ceil(full / ranges))
 
 
 def _build_bytes(factory: str, dim: int, rows: Mapping[str, int], dims: Mapping[str, int]) -> int:
@@ -238,7 +238,7 @@ def ram_bytes(text: str) -> int:
     """`16GB` in bytes."""
     number, unit = text.rstrip("MGTiB"), text.lstrip("0123456789")
     base, power = (1024 if "i" in unit else 1000), "MGT".index(unit[0]) + 2
-    return int(number) * base**power
+    return int(int(number) * base**power)
 
 
 def human(size: float) -> str:
