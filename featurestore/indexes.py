@@ -5,6 +5,7 @@ unit rows the cosine. `faiss` is imported where it is used.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +15,10 @@ from numpy.typing import NDArray
 
 from featurestore.errors import AlignmentError, InputError, MissingExtra
 
-__all__ = ["Tuned", "build", "choose_factory", "configure", "deserialise", "search", "serialise", "tune", "vector"]
+__all__ = [
+    "Tuned", "build", "check_factory", "choose_factory", "configure", "deserialise", "search", "serialise", "size", "tune",
+    "vector",
+]  # fmt: skip
 
 Index = Any  # faiss.Index: faiss has no types
 Vectors = NDArray[np.float32]
@@ -25,6 +29,7 @@ FLAT_BYTES = 64 * 2**20
 # A graph is built by one thread: 1.7 s for 20,000 rows of 128-d, so well under a minute at this size.
 HNSW_ROWS = 200_000
 MAX_EF_SEARCH = 2048
+MIN_PER_LIST = 39  # of training rows, below which FAISS says that centroids are poor
 EXACT = "exact"  # what `Tuned` says of an index that has nothing to tune
 
 
@@ -58,6 +63,33 @@ def choose_factory(rows: int, dim: int, recall: float) -> str:
         return "HNSW32,Flat"
     lists = 2 ** round(math.log2(4 * math.sqrt(rows)))
     return f"IVF{lists},Flat"
+
+
+def check_factory(factory: str, rows: int) -> None:
+    """Raise InputError where an index has more inverted lists than its rows can train."""
+    lists = _lists(factory)
+    if rows < MIN_PER_LIST * lists:
+        raise InputError(
+            f"index {factory} trains {lists} lists, which takes {MIN_PER_LIST * lists} rows, {MIN_PER_LIST} a list; there are "
+            f"{rows}: take at most {max(1, rows // MIN_PER_LIST)} lists"
+        )
+
+
+def size(factory: str, rows: int, dim: int) -> int:
+    """Bytes of an index of a factory that `choose_factory` gives, within 1 % from 10,000 rows on; in memory the same.
+
+    A vector is `dim` float32. A graph has 65 neighbours a row of 4 bytes each, 64 on its ground and one on the floors above, 4
+    bytes of the row's level and 8 of its offset; lists have 8 bytes of each row's number, and their centroids.
+    """
+    if factory.startswith("HNSW"):
+        return rows * (4 * dim + 4 * 65 + 12)
+    lists = _lists(factory)
+    return rows * (4 * dim + (8 if lists else 0)) + 4 * dim * lists
+
+
+def _lists(factory: str) -> int:
+    match = re.match(r"IVF(\d+)", factory)
+    return int(match[1]) if match else 0
 
 
 def build(vectors: Vectors, factory: str, seed: int) -> Index:

@@ -196,32 +196,30 @@ def _make_store(spec: Path) -> None:
 
 
 @app.command()
-def plan(spec: SpecPath) -> None:
-    """Say which steps are fresh, which are stale, and why; run nothing."""
-    from jobs import plan as planning
+def plan(
+    spec: SpecPath,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Shard and encode so many samples aside, e.g. 200, to tell bytes, hours and price too."
+        ),
+    ] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option(help="What an hour costs, YAML or JSON: {nvidia-l4: 0.70, cpu: 0.05}. Else the spec's prices."),
+    ] = None,
+) -> None:
+    """Say which steps are fresh, which are stale and why, and what these take; run nothing.
+
+    Told are shards, rows, bytes read, bytes of vectors, factory and build memory of indexes, and what cannot fit: memory, disk,
+    an index with more lists than its rows train, windows shorter than an encoder takes. With a sample also bytes written by
+    each stage, time on a machine like this one, hours of cores or GPUs and, where prices are given, what they cost; the run
+    puts what it measured beside that.
+    """
+    from jobs.show_plan import read_prices, show
 
     loaded = _spec(spec)
-    from featurestore.catalog import Catalog
-    from jobs.report import counted
-
-    snapshot = Catalog(loaded.store).peek()
-    steps = planning.steps(loaded, snapshot)
-    from rich.table import Table
-
-    table = Table("stage", "name", "state", "to do", "why", box=None, pad_edge=False)
-    for step in steps:
-        todo = f"{step.todo} of {step.total}" if step.state != planning.FRESH else ""
-        table.add_row(step.stage, step.name, step.state, todo, step.why)
-    console = _say()
-    console.print(table)
-    if unlisted := planning.unlisted(loaded, snapshot):
-        console.print(f"Kept in the store, but not in the spec: {', '.join(unlisted)}.")
-    stale = sum(step.state != planning.FRESH for step in steps)
-    console.print(
-        f"{stale} of {counted(len(steps), 'step')} to run"
-        if stale
-        else "Everything is fresh: `braid run` computes nothing."
-    )
+    show(loaded, _say(), sample, loaded.prices if prices is None else read_prices(prices))
 
 
 @app.command()

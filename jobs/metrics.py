@@ -15,6 +15,8 @@ _GAUGES = {
     "braid_job_span_seconds": ("span_s", "Seconds from the start of its first shard to the end of its last."),
     "braid_job_shards": ("shards", "Shards that it published."),
     "braid_job_values": ("values", "Values that it computed; those taken up from an earlier run left out."),
+    "braid_job_read_bytes": ("read_bytes", "Bytes of the values that it read, or of the views that it was made from."),
+    "braid_job_written_bytes": ("written_bytes", "Bytes of the files that it published."),
     "braid_job_rejected": ("rejected", "Values in quarantine of the shards that it published."),
     "braid_job_busy_seconds": ("shard_s", "Seconds that its shards took, summed over workers."),
     "braid_job_longest_shard_seconds": ("longest_s", "Seconds that its longest shard took."),

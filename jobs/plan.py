@@ -30,7 +30,7 @@ GONE = "a file of it is gone or has another size"
 
 
 class Step(NamedTuple):
-    """One job: `todo` of `total` shards (of builds: 0 or 1 of 1), and why."""
+    """One job: `todo` of `total` shards (of builds: 0 or 1 of 1), and why; `rows` are those of its shards to encode."""
 
     stage: str
     name: str
@@ -38,6 +38,7 @@ class Step(NamedTuple):
     todo: int
     total: int
     why: str
+    rows: int = 0
 
 
 def open_catalog(storage: Storage) -> Snapshot:
@@ -162,9 +163,9 @@ def planned_build(snapshot: Snapshot, stage: str, name: str, settings: dict[str,
     return None if whole and {entry.recipe for entry in entries} == {planned.key} else planned
 
 
-def steps(spec: Spec, snapshot: Snapshot) -> list[Step]:
-    """Every step of a spec, in order, with its state."""
-    first = _shard_step(spec, snapshot)
+def steps(spec: Spec, snapshot: Snapshot, found: Ingest | None = None) -> list[Step]:
+    """Every step of a spec, in order, with its state; `found` is what `ingest` gives, where that was asked before."""
+    first = _shard_step(spec, found or ingest(spec, snapshot))
     encodes = list(_encode_steps(spec, snapshot, grows=first.todo > 0))
     changes = dict.fromkeys(spec.views, STALE)  # samples come or go
     views = changes if first.state != FRESH else _outcomes(spec, snapshot, encodes)
@@ -216,14 +217,13 @@ def _count(snapshot: Snapshot, kind: str, name: str, recipe: str | None = None) 
     return len(snapshot.table(kind, name, recipe, ("shard",)))
 
 
-def _shard_step(spec: Spec, snapshot: Snapshot) -> Step:
-    found, corpus = ingest(spec, snapshot), corpus_dict(spec)
-    more = "; ".join(["", *found.remarks])
+def _shard_step(spec: Spec, found: Ingest) -> Step:
+    more, name = "; ".join(["", *found.remarks]), spec.corpus.name
     if not found.samples + found.gone:
-        return Step("shard", corpus["name"], FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored{more}")
+        return Step("shard", name, FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored{more}")
     parts = {"new": found.samples - found.changed, "changed": found.changed, "gone": found.gone}
     why = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
-    return Step("shard", corpus["name"], STALE, found.samples, found.known + found.samples, f"samples: {why}{more}")
+    return Step("shard", name, STALE, found.samples, found.known + found.samples, f"samples: {why}{more}")
 
 
 def check_whole(snapshot: Snapshot, name: str) -> None:
@@ -245,11 +245,11 @@ def _encode_steps(spec: Spec, snapshot: Snapshot, *, grows: bool) -> Iterator[St
             yield Step("encode", plan.name, STALE, 0, 0, "its corpus is new")
             continue
         tasks = encode_plan.stale(snapshot, plan, encode_plan.listed(snapshot.storage, plan))
-        total = _count(snapshot, ROWS, spec.corpus.name)
+        total, rows = _count(snapshot, ROWS, spec.corpus.name), sum(task.rows for task in tasks)
         if grows:
-            yield Step("encode", plan.name, STALE, len(tasks), total, "its corpus grows")
+            yield Step("encode", plan.name, STALE, len(tasks), total, "its corpus grows", rows)
         elif tasks:
-            yield Step("encode", plan.name, STALE, len(tasks), total, _why(snapshot, plan, len(tasks)))
+            yield Step("encode", plan.name, STALE, len(tasks), total, _why(snapshot, plan, len(tasks)), rows)
         else:
             yield Step("encode", plan.name, FRESH, 0, total, counted(total, "shard"))
 

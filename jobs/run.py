@@ -9,15 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 
 from featurestore.catalog import Snapshot
-from featurestore.corpora import QUARANTINE, ROWS
+from featurestore.corpora import MEDIA, QUARANTINE, ROWS
 from featurestore.errors import InputError
+from featurestore.ids import IDS
 from featurestore.storage import Storage
 from featurestore.views import VIEW
-from jobs import plan
+from jobs import forecast, plan
 from jobs.progress import track
+from jobs.sizes import settings_key
 from jobs.spec import Spec
 from pipelines import align, build_job, dataflow, encode, encode_plan, fuse, index, log, shard
 from pipelines.runner import Job, checked
@@ -33,6 +37,8 @@ class Done(NamedTuple):
     model's loading left out), `shard_s` that its shards took, summed, and `longest_s` of them. Of encode, summed over workers:
     `worker_s` that they had shards to do, and `values_per_worker_s` in these; over their threads, `waiting_s` for data,
     `decoding_s`, `model_s` and `writing_s`; and `stall`, the share of `worker_s` in which the model, or its GPU, had no batch.
+    `read_bytes` are of raw values, from Beam, or of the views that a build was made from; `written_bytes` are those of the
+    files that it published. `predicted` is what `braid plan --sample` said of it.
     """
 
     stage: str
@@ -51,14 +57,28 @@ class Done(NamedTuple):
     model_s: float | None = None
     writing_s: float | None = None
     stall: float | None = None
+    rows: int | None = None
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+    predicted: dict[str, Any] | None = None
+
+    def measured(self) -> dict[str, Any]:
+        """The figures, without those that are not known."""
+        told = self._asdict()
+        return {
+            name: told[name] for name in told if name not in ("stage", "name", "predicted") and told[name] is not None
+        }
 
 
 class Work(NamedTuple):
-    """How much a job has to do, in samples, how much of it is done now, and whether a shard is one of its own."""
+    """How much a job has to do, in samples, how much of it is done now, whether a shard is one of its own, and what it is of,
+    as a forecast says it.
+    """
 
     total: int
     done: Callable[[], int]
     own: Callable[[str], bool]
+    key: str = ""
 
 
 class Runner:
@@ -122,21 +142,46 @@ class Runner:
             log.event(told, "job failed", seconds=time.monotonic() - begun, level=logging.ERROR)
             raise
         step = Done(stage, name, time.monotonic() - begun)
-        if work and getattr(outcome, "has_job", True):  # else a template was written: nothing ran
-            step = step._replace(**self._published(stage, name, work.own), **_beam_metrics(outcome))
+        if getattr(outcome, "has_job", True):  # else a template was written: nothing ran
+            step = self._measured(step, outcome, work)
         log.event(told, "job end", values=step.values, rejected=step.rejected, seconds=step.seconds)
         self.done.append(step)
 
-    def _published(self, stage: str, name: str, own: Callable[[str], bool]) -> dict[str, Any]:
+    def _measured(self, step: Done, outcome: Any, work: Work | None) -> Done:
+        """With what it took, beside what was predicted of it."""
+        if work:
+            step, key = (
+                step._replace(**self._published(step.stage, step.name, work), **_beam_metrics(outcome)),
+                work.key,
+            )
+        else:
+            settings = plan.build_settings(self.spec, step.stage)[step.name]
+            step, key = step._replace(**self._built(step.stage, step.name, settings)), settings_key(settings)
+        return step._replace(predicted=forecast.keep(self.storage, step.stage, step.name, key, step.measured()))
+
+    def _published(self, stage: str, name: str, work: Work) -> dict[str, Any]:
         """What the catalog says of a job's own shards: right on every runner."""
         snapshot = self._snapshot()
-        kind, scope = (VIEW, "encode") if stage == "encode" else (ROWS, "shard")
-        shards = snapshot.table(kind, name, None, ("shard",))["shard"].to_pylist()
-        bad = snapshot.table(QUARANTINE, f"{scope}/{name}", None, ("shard", "rows")).to_pylist()
+        kinds, scope = ((VIEW,), "encode") if stage == "encode" else ((ROWS, MEDIA, IDS), "shard")
+        columns = ("shard", "rows", "bytes")
+        made, *others, bad = (
+            [each for each in snapshot.table(*of, None, columns).to_pylist() if work.own(each["shard"])]
+            for of in (*((kind, name) for kind in kinds), (QUARANTINE, f"{scope}/{name}"))
+        )
         return {
-            "shards": sum(map(own, shards)),
-            "rejected": sum(each["rows"] for each in bad if own(each["shard"])),
+            "shards": len(made),
+            "rows": sum(each["rows"] for each in made),
+            "rejected": sum(each["rows"] for each in bad),
+            "written_bytes": sum(each["bytes"] for files in (made, *others, bad) for each in files),
         }
+
+    def _built(self, stage: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """What the catalog says of a build, and of the views that it was made from."""
+        snapshot = self._snapshot()
+        files = snapshot.table(plan.BUILD_STAGES[stage], name, None, ("bytes",))
+        views = [snapshot.table(VIEW, view, None, ("bytes",))["bytes"] for view in settings["views"]]
+        read, written = (pc.sum(each).as_py() or 0 for each in (pa.chunked_array(views, pa.int64()), files["bytes"]))
+        return {"read_bytes": read, "written_bytes": written}
 
     def _shard(self) -> None:
         snapshot = self._snapshot()
@@ -156,7 +201,7 @@ class Runner:
             written = sum(key.endswith(".parquet") for key in names)
             return min(found.samples, written * int(corpus["shard_rows"]))
 
-        work = Work(found.samples, done, lambda key: key.startswith(f"{found.key}-"))
+        work = Work(found.samples, done, lambda key: key.startswith(f"{found.key}-"), found.key)
         self._carry_out(job, "shard", corpus["name"], begun, work)
 
     def _encode(self, only: str | None) -> None:
@@ -183,7 +228,8 @@ class Runner:
             }
             return sum(count for shard_key, count in rows.items() if shard_key in stems)
 
-        self._carry_out(job, "encode", planned.name, begun, Work(sum(rows.values()), done, rows.__contains__))
+        work = Work(sum(rows.values()), done, rows.__contains__, planned.recipe)
+        self._carry_out(job, "encode", planned.name, begun, work)
 
     def _build(self, stage: str, only: str | None) -> None:
         for name, settings in plan.build_settings(self.spec, stage).items():
@@ -208,6 +254,7 @@ def _beam_metrics(outcome: Any) -> dict[str, Any]:
         return {}
     return {
         "values": counts["values"],
+        "read_bytes": counts["read_bytes"],
         "span_s": (max(span.max for span in spans) - min(span.min for span in spans)) / 1000,
         "shard_s": sum(each.sum for each in took) / 1000,
         "longest_s": max(each.max for each in took) / 1000,

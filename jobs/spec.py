@@ -36,6 +36,7 @@ __all__ = [
     "CorpusSpec",
     "FieldSpec",
     "IndexSpec",
+    "Prices",
     "ResourcesSpec",
     "SourceSpec",
     "SpaceSpec",
@@ -358,8 +359,13 @@ class TrainingSetSpec(_Node):
         return splits
 
 
+Price = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Prices = dict[Name, Price]
+"""What an hour costs, of a core under `cpu`, of a GPU under its type's name: in whatever money, which is that of all prices."""
+
+
 class Spec(_Node):
-    """What a store shall hold. Its sections are DESIGN.md's words."""
+    """What a store shall hold. Its sections are DESIGN.md's words; `prices` change nothing of it."""
 
     version: Annotated[int, BeforeValidator(_version)]
     store: Storage
@@ -368,6 +374,7 @@ class Spec(_Node):
     spaces: dict[Name, SpaceSpec] = {}
     indexes: dict[Name, IndexSpec] = {}
     training_sets: dict[Name, TrainingSetSpec] = {}
+    prices: Prices = {}
 
     def view(self, name: str) -> ViewSpec:
         """Give the view of this name. Raises NotFound with the names that there are."""

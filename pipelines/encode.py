@@ -241,7 +241,8 @@ class ShardEncoder:
             table = view_table(ids, matrix, digests, reasons)
             with self._tally.timed("writing"):
                 made = self._writer.write(_beside(task), table, rejected, tried, halved)
-        return made._replace(computed=sum(len(row.present()) for row in todo))
+        sizes = [value.size for row in todo for value in row.present()]
+        return made._replace(computed=len(sizes), read_bytes=sum(sizes))
 
     def _rows(self, task: EncodeTask) -> pa.Table:
         entry = Entry(ROWS, "", "", task.shard, task.rows_path, task.rows, 0, task.sha256, task.ids_sha256)

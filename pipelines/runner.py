@@ -45,8 +45,8 @@ class Result(NamedTuple):
     """What a worker made of one shard (or of one build): the entries to publish, and what it rejected.
 
     `entries` is a JSON list of catalog entries; `tried` and `rejected` count values; `example` is one rejection in words;
-    `computed` counts the values that were worked on just now, none of a shard that an earlier run finished; `spent` is what
-    that took, where the stage tells it.
+    `computed` counts the values that were worked on just now, none of a shard that an earlier run finished; `read_bytes` is the
+    size of those that could be read; `spent` is what that took, where the stage tells it.
     """
 
     shard: str
@@ -55,6 +55,7 @@ class Result(NamedTuple):
     rejected: int
     example: str
     computed: int = 0
+    read_bytes: int = 0
     spent: Spent = Spent()
 
 
@@ -94,9 +95,9 @@ class InFlight(beam.DoFn):
     `SHARDS_IN_FLIGHT` in a process, so that reading, computing and writing of neighbours overlap. With more than one process
     here, whichever is free takes the next task: a large shard holds up nothing but itself.
 
-    Metrics, in the stage's namespace: counters `shards` and `rejected` (of all, those taken up from an earlier run too) and
-    `values` (computed now), and what `Spent` holds, by its names; distributions `shard_ms` (what each took) and `span_ms`
-    (times at which they begin and end).
+    Metrics, in the stage's namespace: counters `shards` and `rejected` (of all, those taken up from an earlier run too),
+    `values` (computed now) and `read_bytes` (of those), and what `Spent` holds, by its names; distributions `shard_ms` (what
+    each took) and `span_ms` (times at which they begin and end).
 
     Args:
         job: stage and name, as in `encode image`.
@@ -112,6 +113,7 @@ class InFlight(beam.DoFn):
         self._shared = Shared()
         stage = job.partition(" ")[0]
         self._values = Metrics.counter(stage, "values")
+        self._read_bytes = Metrics.counter(stage, "read_bytes")
         self._shards = Metrics.counter(stage, "shards")
         self._rejected = Metrics.counter(stage, "rejected")
         self._spent = {name: Metrics.counter(stage, name) for name in Spent._fields}
@@ -172,6 +174,7 @@ class InFlight(beam.DoFn):
         for each in done:
             made, took = each.result()
             self._values.inc(made.computed)
+            self._read_bytes.inc(made.read_bytes)
             self._shards.inc()
             self._rejected.inc(made.rejected)
             for name, counter in self._spent.items():

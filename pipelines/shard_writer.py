@@ -178,7 +178,8 @@ class ShardWriter:
         }
         placed = artefact.place_table(self.storage, table, stem, footer)
         made = self._result(task.key, placed, footer, self._lineage(footer))
-        return made._replace(computed=made.tried)
+        read = sum(member["size"] for row in members for member in row.values() if member["present"])
+        return made._replace(computed=made.tried, read_bytes=read)
 
     def _lineage(self, footer: dict[str, Any]) -> str:
         about = {

@@ -72,6 +72,7 @@ class BaseEncoder(ABC):
         source: where the weights, or the formulas, come from.
         libraries: distributions whose version changes the numbers.
         concurrency: batches to encode at once where that waits for others than the cores; None is one a core.
+        shortest_s: seconds of sound below which a value is filled up with zeros.
     """
 
     key: ClassVar[str]
@@ -83,6 +84,7 @@ class BaseEncoder(ABC):
     source: str
     libraries: ClassVar[tuple[str, ...]]
     concurrency: int | None = None
+    shortest_s: ClassVar[float] = 0.0
 
     def __init__(self, options: EncoderOptions) -> None:
         self.options = options

@@ -15,7 +15,7 @@ from featurestore import media
 from featurestore.encoders.checkpoints import CheckpointEncoder, silent
 from featurestore.encoders.processors import Processor
 
-__all__ = ["AudioProcessor"]
+__all__ = ["MIN_SECONDS", "AudioProcessor"]
 
 MIN_SECONDS = 0.05
 """A shorter sound is filled up with zeros: of less than a frame no network makes anything."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from featurestore import media
-from featurestore.encoders.audio_processors import AudioProcessor
+from featurestore.encoders.audio_processors import MIN_SECONDS, AudioProcessor
 from featurestore.encoders.runtime import stacked, to_device
 from featurestore.encoders.towers import TowerEncoder, TowerOptions
 
@@ -34,6 +34,7 @@ class Encoder(TowerEncoder):
     modalities = ("audio", "text")
     towers: ClassVar[dict[str, tuple[str, ...]]] = {"audio": ("audio_",), "text": ("text_",)}
     libraries: ClassVar[tuple[str, ...]] = ("safetensors", "soundfile", "soxr", "tokenizers", "torch", "transformers")
+    shortest_s = MIN_SECONDS
     options: Options
 
     def __init__(self, options: Options) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from featurestore.encoders.audio_processors import AudioProcessor
+from featurestore.encoders.audio_processors import MIN_SECONDS, AudioProcessor
 from featurestore.encoders.checkpoints import CheckpointEncoder, CheckpointOptions
 from featurestore.encoders.runtime import stacked, to_device, to_host
 
@@ -44,6 +44,7 @@ class Encoder(CheckpointEncoder):
     key = "hf-audio"
     modalities = ("audio",)
     libraries: ClassVar[tuple[str, ...]] = ("safetensors", "soundfile", "soxr", "torch", "transformers")
+    shortest_s = MIN_SECONDS
     options: Options
 
     def __init__(self, options: Options) -> None:

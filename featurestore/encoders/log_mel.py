@@ -27,6 +27,7 @@ class Encoder(BaseEncoder):
     licence = "Apache-2.0"
     source = "Slaney 1998, Auditory Toolbox; librosa 0.11's definition"
     libraries: ClassVar[tuple[str, ...]] = ("soundfile", "soxr", "torch")
+    shortest_s = mel.N_FFT / mel.SAMPLE_RATE
     options: Options
 
     def __init__(self, options: Options) -> None:
