@@ -4,7 +4,9 @@ The manifest's columns are as `manifest` reads them; a field's `from` names the 
 `<recording>/<number of the window>`, its group the recording's, its `event_timestamp` the window's anchor where the manifest
 tells the recording's start. Kept beside the manifest's columns are `begin_ns` and `end_ns` of the window on the recording's
 clock, and for each field `<field>_residual_ns`; of a clock that is measured, `<field>_offset_ns`, `<field>_drift_ppm`,
-`<field>_offset_error_ns` and `<field>_certainty`, as `synchronize.clocks.Estimate` tells them.
+`<field>_offset_error_ns`, `<field>_certainty` and `<field>_ambiguous_ns`, as `synchronize.clocks.Estimate` tells them. Of a
+beep each second the last is 1 s: the clock may as well be off by whole seconds, and which of them it is a `clock.offset` tells
+that is given beside `estimate`, right to half a second.
 
 How many windows a recording has is known from the headers of its files (the cues, the times of a sensor, and the packets of a
 file whose header does not say how long it is, are read for it) and never from a measured clock: planning decodes nothing.
@@ -25,7 +27,7 @@ from pipelines import sources
 from pipelines.sources import Sample, SampleRef, Source
 from pipelines.sources.files import FileValue
 from pipelines.synchronize.clock_store import ClockStore
-from pipelines.synchronize.clocks import Estimate
+from pipelines.synchronize.clocks import METHOD, Estimate
 from pipelines.synchronize.recording import Recording, Window
 
 BATCH = 256
@@ -205,16 +207,17 @@ class Streams:
             self._clocks.put(key, opened.estimates)
 
     def _clock_key(self, recording: SampleRef) -> str:
-        return digest_of(recording.id, recording.etag, self._fields)
+        return digest_of(recording.id, recording.etag, self._fields, METHOD)
 
 
-_TOLD = ("offset_ns", "drift_ppm", "offset_error_ns", "certainty")
+_TOLD = ("offset_ns", "drift_ppm", "offset_error_ns", "certainty", "ambiguous_ns")
 
 
 def _told(found: object) -> dict[str, Any]:
     if not isinstance(found, Estimate):
         return dict.fromkeys(_TOLD)
-    values = (found.clock.offset_ns, found.clock.drift_ppm, found.offset_error_ns, found.certainty)
+    clock = found.clock
+    values = (clock.offset_ns, clock.drift_ppm, found.offset_error_ns, found.certainty, found.ambiguous_ns)
     return dict(zip(_TOLD, values, strict=True))
 
 
