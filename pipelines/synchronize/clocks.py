@@ -37,8 +37,8 @@ recordings of 60 s at 6 dB of noise at 10 at the least."""
 
 MAX_RIVAL = 2 / 3
 MIN_EVENTS_MORE = 3.0
-"""How much of the best line a rival may gather, and how many events (a flash, say) it must miss that the best has. Of 2500 pairs
-of streams of 12 to 300 s, sparse and dense, that share 3 to 60 s or nothing, none was then told wrong by more than 7 ms."""
+"""How much of the best line a rival may gather, and how many events (a flash, say) it must lack that the best has. Of 2500
+pairs of streams of 20 to 300 s, sparse and dense, that share 3 to 60 s or nothing, no clock was then off by more than 7 ms."""
 
 _SMOOTH_STEPS = 3
 """Deviation of the Gaussian, 15 ms. Measured at 6 dB from 10 to 40 ms: the longer, the worse."""

