@@ -373,7 +373,7 @@ def test_readings_are_those_of_the_file_in_blocks(tmp_path: Path, kind: str, mon
     assert len(list(sensor.readings(value(path), layout))) > 10
     rows = sensor.Rows(value(path), layout)
     for first, last in ((0, 0), (0, 250), (249, 260), (260, 260), (2999, 2999)):
-        assert np.array_equal(rows.get(first, last), VALUES[first : last + 1])
+        assert np.array_equal(rows.get(first, last).values, VALUES[first : last + 1])
     some = sensor.Layout(layout.time, layout.unit, ("y",))
     assert np.array_equal(rows_of(path, some)[1], VALUES[:, 1:])
 
