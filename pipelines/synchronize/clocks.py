@@ -171,7 +171,8 @@ def estimate(stream: Envelope, reference: Envelope) -> Estimate:
     _check_rival(best, own[at] * other[np.clip(at + base - lags, 0, len(other) - 1)])
     starts, size = _segments(low, high)
     away = starts - starts.mean()
-    peaks, heights = _peaks(own, other, base, starts, size, best.lag + best.drift * (starts + size / 2 - best.middle))
+    expected: Floats = best.lag + best.drift * (starts.astype(np.float64) + (size / 2 - best.middle))
+    peaks, heights = _peaks(own, other, base, starts, size, expected)
     # Of frames at a steady rate against beeps at another the misses beat slowly. Where the ends of the recording count less, a
     # part of a beat does not look like a drift: of 600 s at 29.97 Hz it made 6 ppm, and now 0.4.
     weights = heights * np.sin(np.pi * (np.arange(len(starts)) + 0.5) / len(starts))

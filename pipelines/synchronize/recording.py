@@ -221,7 +221,9 @@ class Recording:
                 found = {name: next(each) for name, each in given.items()}
                 yield Window(
                     next(left), begin, anchor, end,
-                    *({name: each[part] for name, each in found.items()} for part in range(3)),
+                    {name: each.value for name, each in found.items()},
+                    {name: each.residual_ns for name, each in found.items()},
+                    {name: each.covered_ns for name, each in found.items()},
                 )  # fmt: skip
 
     def _given(self, name: str, chunks: list[WindowChunk]) -> Iterator[_Given]:
