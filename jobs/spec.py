@@ -149,21 +149,32 @@ Length = Annotated[int, BeforeValidator(_duration), Field(ge=1)]
 
 
 class WindowsSpec(_Node):
-    """How recordings are cut: a window every so often of some length (default: as long as they are apart), or one per event."""
+    """How recordings are cut: a window every so often of some length (default: as long as they are apart), or one per event.
+
+    `per` names a field of text or of a sensor: a window at each cue or reading. Without a length it is the cue's own, from its
+    start to its end; with one its anchor stands at the cue's start. A reading, which is a moment, needs one. `anchor` says
+    where in a window its anchor is, the time that it is of and that values are near to.
+    """
 
     every: Length | None = None
     length: Length | None = None
     per: Text | None = None
+    anchor: Literal["begin", "centre", "end"] = "centre"
 
     @model_validator(mode="after")
     def _one_way(self) -> "WindowsSpec":
-        if (self.every is None) == (self.per is None) or (self.length is not None and self.per is not None):
-            raise ValueError("write {every: 1s, length: 2s}, or {per: FIELD} for a window at each event of a field")
+        if (self.every is None) == (self.per is None):
+            raise ValueError(
+                "write {every: 1s, length: 2s}, or {per: FIELD, length: 2s} for a window at each event of a field"
+            )
         return self
 
     @model_serializer
     def _filled(self) -> dict[str, Any]:
-        return {"every": self.every, "length": self.every if self.length is None else self.length, "per": self.per}
+        length = self.every if self.length is None else self.length
+        written = {"every": self.every, "length": length, "per": self.per}
+        # What is said of a corpus that is stored already stays as it was.
+        return written if self.anchor == "centre" else written | {"anchor": self.anchor}
 
 
 class ClockSpec(_Node):
@@ -203,6 +214,13 @@ class FieldSpec(_Node):
     extension, or a list of them. `read` says whether a column holds the value itself (`inline`) or its file's path (`file`);
     without it a manifest's texts are inline and its other values files, and a Parquet file's all inline. The others are of
     timed streams: `time` and `channels` are columns of a sensor's file.
+
+    `policy` is how the value in a window is chosen. `nearest` and `previous`: what begins nearest to the anchor, or last before
+    it; `linear`: between the readings before and after it; `window`: all that begins in the window; `overlap`: all cues that
+    share a moment with it; of a sensor, each reading of which holds until the next (and no longer than `staleness`), the mean
+    of those that hold in the window, each weighted by how long. `tolerance`: how far from the anchor it may be; of sound, how
+    much later than the window it may begin. `staleness`: how long before the anchor. What is farther is missing, with the
+    reason.
     """
 
     modality: Literal["text", "image", "audio", "video", "sensor"]

@@ -209,7 +209,7 @@ POLICIES = {
     "image": ("nearest", "previous"),
     "audio": ("window",),
     "text": ("overlap", "nearest", "previous", "window"),
-    "sensor": ("window", "nearest", "previous", "linear"),
+    "sensor": ("window", "nearest", "previous", "linear", "overlap"),
 }
 """Modality -> how its values may be chosen for a window; the first where nothing is said."""
 
@@ -235,6 +235,9 @@ def _of_streams(tree: Document) -> Iterator[Mistake]:
     if isinstance(per, str) and per not in cut:
         told = f"{_shown(per)} is no text or sensor field with a clock that is given; allowed: {_listed(cut) or 'none'}"
         yield tree.mistake((*place, "windows", "per"), told + _nearest(per, cut))
+    elif isinstance(per, str) and fields[per]["modality"] == "sensor" and "length" not in source["windows"]:
+        told = f"{_shown(per)} is a sensor, whose readings are moments: add a length, e.g. length: 2s"
+        yield tree.mistake((*place, "windows", "per"), told)
     for name, field in fields.items():
         for at, told in _of_stream(name, field, fields):
             yield tree.mistake(("corpus", "fields", name, *at), told)

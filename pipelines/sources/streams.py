@@ -2,9 +2,15 @@
 
 The manifest's columns are as `manifest` reads them; a field's `from` names the column of its file. A sample's id is
 `<recording>/<number of the window>`, its group the recording's, its `event_timestamp` the window's anchor where the manifest
-tells the recording's start. Kept beside the manifest's columns are `begin_ns` and `end_ns` of the window on the recording's
-clock, and for each field `<field>_residual_ns`; of a clock that is measured, `<field>_offset_ns`, `<field>_drift_ppm`,
-`<field>_offset_error_ns` and `<field>_certainty`, as `synchronize.clocks.Estimate` tells them.
+tells the recording's start. Kept beside the manifest's columns are
+
+- `begin_ns` and `end_ns` of the window on the recording's clock;
+- for each field `<field>_residual_ns`;
+- of sound and of policy `overlap` `<field>_covered_ns`, how much of the window what is there covers: less than the window where
+  a sound begins late or ends early, or where nothing is said;
+- of a clock that is measured, `<field>_offset_ns`, `<field>_drift_ppm`, `<field>_offset_error_ns`, `<field>_certainty` and
+  `<field>_ambiguous_ns`, as `synchronize.clocks.Estimate` tells them. Of a beep each second the last is 1 s: the clock may as
+  well be off by whole seconds. Which it is, a `clock.offset` tells that is given beside `estimate`, right to half a second.
 
 How many windows a recording has is known from the headers of its files (the cues, the times of a sensor, and the packets of a
 file whose header does not say how long it is, are read for it) and never from a measured clock: planning decodes nothing.
@@ -25,7 +31,7 @@ from pipelines import sources
 from pipelines.sources import Sample, SampleRef, Source
 from pipelines.sources.files import FileValue
 from pipelines.synchronize.clock_store import ClockStore
-from pipelines.synchronize.clocks import Estimate
+from pipelines.synchronize.clocks import METHOD, Estimate
 from pipelines.synchronize.recording import Recording, Window
 
 BATCH = 256
@@ -79,6 +85,9 @@ class Streams:
             for name, field in self._fields.items()
         }
         self._measured = [name for name, field in self._fields.items() if field["clock"]["estimate"] is not None]
+        self._covering = [
+            name for name, field in self._fields.items() if field["modality"] == "audio" or field["policy"] == "overlap"
+        ]
         store = corpus["source"].get("store")
         self._clocks = ClockStore(Storage.from_json(store), corpus["name"]) if store else None
         self._thread = threading.local()
@@ -133,7 +142,9 @@ class Streams:
 
     def _own_columns(self) -> set[str]:
         residuals = {f"{name}_residual_ns" for name in self._fields}
-        return {"begin_ns", "end_ns"} | residuals | {f"{name}_{told}" for name in self._measured for told in _TOLD}
+        covered = {f"{name}_covered_ns" for name in self._covering}
+        told = {f"{name}_{each}" for name in self._measured for each in _TOLD}
+        return {"begin_ns", "end_ns"} | residuals | covered | told
 
     def unmatched(self) -> dict[str, str]:
         """Field -> its `from`, of the fields that no recording has a column of."""
@@ -182,6 +193,7 @@ class Streams:
         if (start := sample.columns.get("event_timestamp")) is not None:
             columns["event_timestamp"] = start + window.anchor_ns
         columns |= {f"{name}_residual_ns": residual for name, residual in window.residual_ns.items()}
+        columns |= {f"{name}_covered_ns": window.covered_ns[name] for name in self._covering}
         for name in self._measured:
             columns |= {f"{name}_{key}": told for key, told in _told(recording.estimates.get(name)).items()}
         return columns
@@ -205,16 +217,17 @@ class Streams:
             self._clocks.put(key, opened.estimates)
 
     def _clock_key(self, recording: SampleRef) -> str:
-        return digest_of(recording.id, recording.etag, self._fields)
+        return digest_of(recording.id, recording.etag, self._fields, METHOD)
 
 
-_TOLD = ("offset_ns", "drift_ppm", "offset_error_ns", "certainty")
+_TOLD = ("offset_ns", "drift_ppm", "offset_error_ns", "certainty", "ambiguous_ns")
 
 
 def _told(found: object) -> dict[str, Any]:
     if not isinstance(found, Estimate):
         return dict.fromkeys(_TOLD)
-    values = (found.clock.offset_ns, found.clock.drift_ppm, found.offset_error_ns, found.certainty)
+    clock = found.clock
+    values = (clock.offset_ns, clock.drift_ppm, found.offset_error_ns, found.certainty, found.ambiguous_ns)
     return dict(zip(_TOLD, values, strict=True))
 
 

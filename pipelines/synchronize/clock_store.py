@@ -60,6 +60,7 @@ def _told(found: Measured) -> dict[str, Any]:
         "offset_error_ns": found.offset_error_ns,
         "drift_error_ppm": error_ppm,
         "certainty": found.certainty,
+        "ambiguous_ns": found.ambiguous_ns,
     }
 
 
@@ -69,4 +70,5 @@ def _measured(**told: Any) -> Measured:
     if "reason" in told:
         return DecodeError(**told)
     error_ppm = math.inf if told["drift_error_ppm"] is None else told["drift_error_ppm"]
-    return Estimate(Clock(told["offset_ns"], told["drift_ppm"]), told["offset_error_ns"], error_ppm, told["certainty"])
+    clock = Clock(told["offset_ns"], told["drift_ppm"])
+    return Estimate(clock, told["offset_error_ns"], error_ppm, told["certainty"], told["ambiguous_ns"])

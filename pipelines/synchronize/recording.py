@@ -10,12 +10,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featurestore.errors import DecodeError, InputError
 from pipelines.sources import Missing, Value
 from pipelines.sources.files import FileValue
 from pipelines.sources.rows import InlineText
-from pipelines.synchronize import TIME_LIMIT_NS, Events, WindowChunk, audio, container, sensor, subtitles, video
+from pipelines.synchronize import (
+    TIME_LIMIT_NS,
+    Events,
+    Int64s,
+    WindowChunk,
+    audio,
+    container,
+    sensor,
+    subtitles,
+    video,
+)
 from pipelines.synchronize.clock_store import Measured
 from pipelines.synchronize.clocks import STEP_NS, Clock, Envelope, Estimate, Weak, estimate, grid
 from pipelines.synchronize.container import NoStream
@@ -40,6 +51,8 @@ class Window(NamedTuple):
         values: field -> value, or why there is none.
         residual_ns: field -> how far from what was asked for the value is, where there is one. Of sound: how much later than
             the window its first sample is. Of others: Matches' `residual_ns`.
+        covered_ns: field -> how much of the window what is there covers, of sound (to a sample; silence in its gaps counts) and
+            of `overlap`: Matches' `overlap_ns`. None of others.
     """
 
     number: int
@@ -48,6 +61,7 @@ class Window(NamedTuple):
     end_ns: int
     values: dict[str, Value | Missing | None]
     residual_ns: dict[str, int | None]
+    covered_ns: dict[str, int | None]
 
 
 class _Refused(NamedTuple):
@@ -63,7 +77,12 @@ class _Refused(NamedTuple):
         raise self.error
 
 
-_Given = tuple[Value | Missing, int | None]
+class _Given(NamedTuple):
+    """What a field has in a window; the residual and what is covered, as Window has them."""
+
+    value: Value | Missing | None
+    residual_ns: int | None = None
+    covered_ns: int | None = None
 
 
 class Recording:
@@ -73,7 +92,7 @@ class Recording:
         name: what errors call it.
         files: field -> its file, or None where the recording has none.
         fields: the fields of a corpus of streams, as its spec has them.
-        windows: `every` and `length` in ns, or `per`, a field.
+        windows: `every` and `length` in ns, or `per`, a field, and `length`; perhaps an `anchor`, one of windows.ANCHORS.
     """
 
     def __init__(
@@ -94,10 +113,11 @@ class Recording:
         Raises:
             InputError: more than MAX_WINDOWS.
         """
+        length, anchor = self._windows["length"], self._windows.get("anchor", "centre")
         if self._windows["per"] is not None:
-            cut = per_event(self._whole(self._windows["per"]))
+            cut = per_event(self._whole(self._windows["per"]), length, anchor)
         else:
-            step, length = self._windows["every"], self._windows["length"]
+            step = self._windows["every"]
             first, last = self._extent()
             first = first // step * step
             if (last - first) // step >= MAX_WINDOWS:
@@ -105,7 +125,7 @@ class Recording:
                     f"recording {self._name!r}: its streams reach from {first / 1e9:.3f} s to {last / 1e9:.3f} s, more than "
                     f"{MAX_WINDOWS} windows; correct the unit or the offset of a field's clock, or windows.every"
                 )
-            cut = every(first, last, step, length)
+            cut = every(first, last, step, length, anchor)
         count = 0
         for chunk in cut:
             count += len(chunk.begin_ns)
@@ -201,23 +221,27 @@ class Recording:
                 found = {name: next(each) for name, each in given.items()}
                 yield Window(
                     next(left), begin, anchor, end,
-                    {name: value for name, (value, _) in found.items()},
-                    {name: residual for name, (_, residual) in found.items()},
+                    {name: each.value for name, each in found.items()},
+                    {name: each.residual_ns for name, each in found.items()},
+                    {name: each.covered_ns for name, each in found.items()},
                 )  # fmt: skip
 
-    def _given(self, name: str, chunks: list[WindowChunk]) -> Iterator[_Given | tuple[None, None]]:
+    def _given(self, name: str, chunks: list[WindowChunk]) -> Iterator[_Given]:
         """What a field has in each window, in their order."""
         file, field = self._files[name], self._fields[name]
         if file is None:
-            return iter([(None, None)] * sum(len(chunk.begin_ns) for chunk in chunks))
+            return iter([_Given(None)] * sum(len(chunk.begin_ns) for chunk in chunks))
         clock = self._measured(name) if field["clock"]["estimate"] is not None else self._clock(name)
         windows = (window for chunk in chunks for window in zip(*(column.tolist() for column in chunk), strict=True))
         if not isinstance(clock, Clock):
             value = Missing("no_clock") if isinstance(clock, Weak) else _Refused(clock, file.source)
-            return ((value, None) for _ in windows)
+            return (_Given(value) for _ in windows)
         if field["modality"] == "audio":
             return _sounds(file, field, clock, chunks)
-        return _matched(file, field, clock, chunks, self._events(name))
+        events = self._events(name)
+        if field["modality"] == "sensor" and field["policy"] == "overlap":
+            events = sensor.held(events, field["staleness"])
+        return _matched(file, field, clock, chunks, events)
 
     def measure(self) -> None:
         """Measures every clock that is to be: decodes those streams, and the ones they are measured against, whole."""
@@ -327,7 +351,9 @@ def _matched(
     """What a stream of events has in each window."""
     stream = _Stream(events, clock)
     policy = field["policy"]
-    merged = align(iter(chunks), iter(stream), policy, field["tolerance"], field["staleness"])
+    # Readings that hold are over by then.
+    staleness = None if field["modality"] == "sensor" and policy == "overlap" else field["staleness"]
+    merged = align(iter(chunks), iter(stream), policy, field["tolerance"], staleness)
     value = _VALUES[field["modality"]](file, field, clock)
     for chunk in chunks:
         matches = None
@@ -339,32 +365,45 @@ def _matched(
         asked = chunk.end_ns if policy in ("window", "overlap") else chunk.anchor_ns
         for row in range(len(asked)):
             if stream.error is not None and (matches is None or asked[row] > stream.read_to_ns):
-                yield _Refused(stream.error, file.source), None
+                yield _Given(_Refused(stream.error, file.source))
             elif matches is None or not stream.has_stream:
-                yield Missing("no_stream"), None
+                yield _Given(Missing("no_stream"))
             elif reason := int(matches.reason[row]):
-                yield Missing(REASONS[reason]), None
+                yield _Given(Missing(REASONS[reason]))
             else:
-                yield _or_refused(value, file, chunk, matches, row), int(matches.residual_ns[row])
+                found = _or_refused(value, file, chunk, matches, row)
+                covered = int(matches.overlap_ns[row]) if policy == "overlap" else None
+                yield _Given(found, int(matches.residual_ns[row]), covered)
 
 
 def _or_refused(value: "_Values", file: FileValue, chunk: WindowChunk, matches: Matches, row: int) -> Value:
-    begin, end = int(chunk.begin_ns[row]), int(chunk.end_ns[row])
+    first, last, weight, _, _, covered = (column[row].item() for column in matches)
     try:
-        return value(begin, end, int(matches.first[row]), int(matches.last[row]), float(matches.weight[row]))
+        return value(_Match(int(chunk.begin_ns[row]), int(chunk.end_ns[row]), first, last, weight, covered))
     except DecodeError as error:
         return _Refused(error, file.source)
 
 
-_Values = Callable[[int, int, int, int, float], Value]
-"""(begin and end of a window in ns, first and last matched event, weight of the last) -> value, or DecodeError."""
+class _Match(NamedTuple):
+    """What is matched in a window of [begin, end) ns, as Matches has it."""
+
+    begin: int
+    end: int
+    first: int
+    last: int
+    weight: float
+    overlap_ns: int
+
+
+_Values = Callable[[_Match], Value]
+"""A value, or DecodeError."""
 
 
 def _frames(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
     frames = video.Frames(file)
 
-    def value(begin: int, end: int, first: int, last: int, weight: float) -> Value:
-        found = frames.get(first)
+    def value(match: _Match) -> Value:
+        found = frames.get(match.first)
         if isinstance(found, DecodeError):
             raise found
         return found
@@ -375,12 +414,12 @@ def _frames(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
 def _texts(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
     cues: list[subtitles.Cue] = []
 
-    def value(begin: int, end: int, first: int, last: int, weight: float) -> Value:
+    def value(match: _Match) -> Value:
         cues.extend(() if cues else subtitles.cues(file))
-        matched = cues[first : last + 1]
+        matched = cues[match.first : match.last + 1]
         if field["policy"] == "overlap":
             times = clock.to_reference(np.array([cue[:2] for cue in matched], np.int64))
-            inside = (times[:, 1] > begin) | (times[:, 0] >= begin)
+            inside = (times[:, 1] > match.begin) | (times[:, 0] >= match.begin)
             matched = [cue for cue, is_inside in zip(matched, inside, strict=True) if is_inside]
         for cue in matched:
             if cue.wrong is not None:
@@ -393,13 +432,27 @@ def _texts(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
 def _arrays(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
     rows = sensor.Rows(file, _layout(field))
 
-    def value(begin: int, end: int, first: int, last: int, weight: float) -> Value:
-        found = rows.get(first, last)
+    def value(match: _Match) -> Value:
+        times, found = rows.get(match.first, match.last)
         if field["policy"] == "linear":
-            found = (found[:1] + weight * (found[-1:] - found[:1])) if weight else found[:1]
+            found = (found[:1] + match.weight * (found[-1:] - found[:1])) if match.weight else found[:1]
+        elif field["policy"] == "overlap":
+            until = clock.to_reference(sensor.hold(times[:-1], times[1:], field["staleness"]))
+            found = _mean(match, clock.to_reference(times[:-1]), until, found)
         return sensor.Array(found, file.source)
 
     return value
+
+
+def _mean(match: _Match, start: Int64s, until: Int64s, readings: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean [1, channels] of readings, each weighted by how long it holds in the window; of a moment alone the last."""
+    weights = np.maximum(np.minimum(until, match.end) - np.maximum(start, match.begin), 0)
+    # How long the last holds is what the others leave of what all do: the next is not read.
+    weights = np.append(weights, match.overlap_ns - weights.sum())
+    if not match.overlap_ns:
+        return readings[-1:]
+    counted = weights > 0
+    return (weights[counted] / match.overlap_ns @ readings[counted])[None]
 
 
 _VALUES: dict[str, Callable[[FileValue, Mapping[str, Any], Clock], _Values]] = {
@@ -414,14 +467,17 @@ def _sounds(file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: lis
     clips = audio.Clips(file)
     for chunk in chunks:
         starts, ends = (clock.to_stream(times).tolist() for times in (chunk.begin_ns, chunk.end_ns))
-        for begin, start, end in zip(chunk.begin_ns.tolist(), starts, ends, strict=True):
-            found, first_ns = clips.get(start, end)
+        bounds = zip(chunk.begin_ns.tolist(), chunk.end_ns.tolist(), starts, ends, strict=True)
+        for begin, end, own_begin, own_end in bounds:
+            found, first_ns = clips.get(own_begin, own_end)
             late_ns = int(clock.to_reference(np.array([first_ns]))[0]) - begin
             if isinstance(found, DecodeError):
-                yield _Refused(found, file.source), None
+                yield _Given(_Refused(found, file.source))
             elif isinstance(found, str):
-                yield Missing(found), None
+                yield _Given(Missing(found))
             elif field["tolerance"] is not None and late_ns > field["tolerance"]:
-                yield Missing("out_of_tolerance"), None
+                yield _Given(Missing("out_of_tolerance"))
             else:
-                yield found, late_ns
+                length_ns = len(found.samples) * 10**9 // found.rate
+                until = int(clock.to_reference(np.array([first_ns + length_ns]))[0])
+                yield _Given(found, late_ns, min(until, end) - begin - late_ns)

@@ -8,7 +8,7 @@ knows. What stands before it is good.
 import decimal
 import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from featurestore.errors import DecodeError
 from pipelines.sources.files import FileValue
 from pipelines.synchronize import TIME_LIMIT_NS, Events
 
-__all__ = ["UNITS", "Array", "Layout", "Readings", "Rows", "events", "magnitude", "readings"]
+__all__ = ["UNITS", "Array", "Layout", "Readings", "Rows", "events", "held", "hold", "magnitude", "readings"]
 
 UNITS = {"ns": 0, "us": 3, "ms": 6, "s": 9}
 """Unit of a column of times -> the power of ten of nanoseconds that it is."""
@@ -174,6 +174,28 @@ def events(file: FileValue, layout: Layout) -> Iterator[Events]:
         number += len(block.time_ns)
 
 
+def held(points: Iterable[Events], longest_ns: int | None) -> Iterator[Events]:
+    """Readings as intervals: each holds until the next one's time, and for `longest_ns` at the most. The last is a moment."""
+    waiting: Events | None = None
+    for chunk in points:
+        if len(chunk.start_ns):
+            found = (
+                chunk
+                if waiting is None
+                else Events(*(np.concatenate(pair) for pair in zip(waiting, chunk, strict=True)))
+            )
+            start, end = found.start_ns[:-1], found.start_ns[1:]
+            yield Events(start, hold(start, end, longest_ns), found.index[:-1])
+            waiting = Events(*(column[-1:] for column in found))
+    if waiting is not None:
+        yield waiting
+
+
+def hold(start_ns: NDArray[np.int64], next_ns: NDArray[np.int64], longest_ns: int | None) -> NDArray[np.int64]:
+    """Until when readings hold."""
+    return next_ns if longest_ns is None else np.minimum(next_ns, start_ns + longest_ns)
+
+
 class Array(NamedTuple):
     """Readings that can be fetched as a `.npy` file of float32 [rows, channels]."""
 
@@ -204,21 +226,24 @@ class Rows:
 
     def __init__(self, file: FileValue, layout: Layout) -> None:
         self._source, self._blocks = file.source, readings(file, layout)
-        self._held: deque[tuple[int, NDArray[np.float64]]] = deque()
+        self._held: deque[tuple[int, Readings]] = deque()
         self._beyond = 0
 
-    def get(self, first: int, last: int) -> NDArray[np.float64]:
-        """Rows `first` to `last`, float64 [rows, channels]. Raises DecodeError as `readings`."""
-        while self._held and self._held[0][0] + len(self._held[0][1]) <= first:
+    def get(self, first: int, last: int) -> Readings:
+        """Rows `first` to `last`. Raises DecodeError as `readings`."""
+        while self._held and self._held[0][0] + len(self._held[0][1].values) <= first:
             self._held.popleft()
         while self._beyond <= last:
             block = next(self._blocks)
             if self._beyond + len(block.values) > first:
-                self._held.append((self._beyond, block.values))
+                self._held.append((self._beyond, block))
             self._beyond += len(block.values)
-        return np.concatenate(
-            [values[max(0, first - start) : last + 1 - start] for start, values in self._held if start <= last]
-        )
+        parts = [
+            [column[max(0, first - start) : last + 1 - start] for column in block]
+            for start, block in self._held
+            if start <= last
+        ]
+        return Readings(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def magnitude(file: FileValue, layout: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:

@@ -4,6 +4,9 @@ Real files are read: a byte order mark, any line ends, cues out of order, overla
 between them or without counters. Cues are sorted by their starts; of equal starts the one that stands first comes first. A
 cue whose times cannot be right is an event all the same, so that what it says is quarantined and not lost: one that ends
 before it starts stands at its start, one with no times to read at the start of the cue above it.
+
+A counter is a number directly above a cue's times that stands below a blank line or first in the file; any other is said. In a
+file without a blank line between its cues, whose first has a counter, each is one.
 """
 
 import itertools
@@ -54,25 +57,31 @@ def cues(file: FileValue) -> list[Cue]:
     if not timings and text.strip().removeprefix("WEBVTT").strip():
         raise DecodeError("unsupported_format", f"{file.source}: no cue of an SRT or WebVTT file in it")
     web = text.startswith("WEBVTT")
+    close = bool(timings) and _is_close(lines[: timings[-1]], timings[0])
     found: list[Cue] = []
     for number, following in itertools.pairwise([*timings, len(lines)]):
-        said = _said(lines[number + 1 : following], web, last=following == len(lines))
+        said = _said(lines[number + 1 : following], web, last=following == len(lines), close=close)
         if said:
             before = found[-1].start_ns if found else 0
             found.append(_cue(lines[number], said, f"{file.source}, line {number + 1}", before))
     return sorted(found, key=lambda cue: cue.start_ns)
 
 
-def _said(lines: list[str], web: bool, last: bool) -> str:
+def _is_close(lines: list[str], first: int) -> bool:
+    """Whether cues have counters, and no blank lines between them; the first has its times in line `first`."""
+    return first > 0 and lines[first - 1].strip().isdigit() and all(line.strip() for line in lines[first:])
+
+
+def _said(lines: list[str], web: bool, last: bool, close: bool) -> str:
     """The text between a line of times and the next."""
     if web:
         # Up to the blank line: after it come names of cues, notes and styles.
         return "\n".join(lines[: next((at for at, line in enumerate(lines) if not line.strip()), len(lines))]).strip()
-    lines = [line for line in lines if line.strip()]
-    if lines and not last and lines[-1].strip().isdigit():
+    below_blank = len(lines) > 1 and not lines[-2].strip()
+    if lines and not last and lines[-1].strip().isdigit() and (close or below_blank):
         # The counter of the next cue.
-        lines.pop()
-    return "\n".join(lines).strip()
+        lines = lines[:-1]
+    return "\n".join(line for line in lines if line.strip()).strip()
 
 
 def _cue(timing: str, said: str, where: str, before_ns: int) -> Cue:

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.synchronize import clocks
@@ -89,6 +89,89 @@ def once(time_s: np.ndarray) -> np.ndarray:
 def test_an_offset_of_many_seconds_is_found_where_it_is_not_ambiguous(offset_ns: int) -> None:
     found = estimate(heard(300, Clock(offset_ns), lit=once), seen(300, lit=once))
     assert abs(found.clock.offset_ns - offset_ns) <= 4_000_000
+
+
+def shown(seconds: float, *, begin_s: float, length_s: float, seed: int, offset_s: float = 0.0) -> Envelope:
+    """A part of `seconds` of a light that is lit for 0.1 s now and then, on average each 3 s; with noise at 26 dB."""
+    rng = np.random.default_rng(seed)
+    begins = np.cumsum(rng.exponential(3, round(seconds)))
+    own = begin_s + np.arange(round(length_s * 200)) / 200
+    nearest = np.searchsorted(begins, own + offset_s, "right") - 1
+    lit = (nearest >= 0) & (own + offset_s - begins[nearest.clip(0)] < 0.1)
+    noise = np.random.default_rng([seed, round(begin_s)]).normal(0, 0.05, len(own))
+    return round(begin_s * SECOND), (lit + noise).astype(np.float32)
+
+
+@pytest.mark.parametrize("shared_s", [2, 4, 6, 10, 20, 40])
+def test_of_two_streams_that_share_little_no_clock_is_told_or_the_right_one(shared_s: int) -> None:
+    """Two or three flashes meet by chance at some offset or other: that is nothing to go by."""
+    right = 0
+    for seed in range(5):
+        late = shown(700, begin_s=120 - shared_s, length_s=120, seed=seed, offset_s=0.1)
+        try:
+            found = estimate(late, shown(700, begin_s=0, length_s=120, seed=seed))
+        except Weak:
+            continue
+        middle = round((120 - shared_s / 2) * SECOND)
+        there = int(found.clock.to_reference(np.array([middle - SECOND // 10]))[0])
+        assert abs(there - middle) <= 10_000_000
+        assert abs(found.clock.drift_ppm) <= clocks.MAX_DRIFT_PPM
+        assert found.ambiguous_ns is None
+        right += 1
+    assert right == 5 if shared_s == 40 else right <= (0 if shared_s < 6 else 5)
+
+
+@pytest.mark.parametrize("offset_ms", [237, 700, -1_200, 15_300])
+def test_what_beeps_each_second_is_off_by_whole_seconds_and_says_so(offset_ms: int) -> None:
+    """The smallest offset is taken; a first guess that is given, right to half a second, makes it the right one."""
+    beeping, seeing = heard(60, Clock(offset_ms * 1_000_000)), seen(60)
+    found = estimate(beeping, seeing)
+    assert found.ambiguous_ns == pytest.approx(SECOND, rel=0.01)
+    assert abs((found.clock.offset_ns / 1e6 - offset_ms + 500) % 1000 - 500) < 5
+    assert abs(found.clock.offset_ns) < SECOND * 0.51
+    guess_ns = (offset_ms + 300) * 1_000_000
+    guessed = estimate((beeping[0] + guess_ns, beeping[1]), seeing)
+    assert abs(guessed.clock.offset_ns + guess_ns - offset_ms * 1_000_000) < 5_000_000
+
+
+def test_a_drift_past_what_is_looked_for_is_no_clock() -> None:
+    with pytest.raises(Weak, match=r"^a drift of \d{3} ppm fits best; looked for: up to 200"):
+        estimate(heard(300, Clock(0, 240.0), noise_db=20, lit=once), seen(300, lit=once))
+
+
+@st.composite
+def envelopes(draw: st.DrawFn) -> Envelope:
+    """Parts of the same events or of others, still, empty or broken ones, of a sample or of half a minute."""
+    begin_s = draw(st.sampled_from((0, 5, 18, 29.5, 40)))
+    count = draw(st.sampled_from((0, 1, 2, 1999, 2000, 2400, 6000)))
+    kind = draw(st.sampled_from(("lit", "lit", "lit", "silent", "still", "noise", "click", "broken")))
+    values = shown(90, begin_s=begin_s, length_s=count / 200, seed=draw(st.integers(0, 2)))[1]
+    if kind in ("silent", "still"):
+        values[:] = 0 if kind == "silent" else 0.1
+    elif kind == "noise":
+        values[:] = np.random.default_rng(count).normal(1e9, 1, count)
+    elif kind == "click":
+        values[:] = np.arange(count) == count // 2
+    elif kind == "broken":
+        values[count // 3 : count // 3 + 1] = draw(st.sampled_from((np.nan, np.inf, -np.inf, 3e38)))
+    return draw(st.sampled_from((0, 3600 * SECOND, -7))) + round(begin_s * SECOND), values
+
+
+@settings(max_examples=80, deadline=None)
+@given(envelopes(), envelopes())
+def test_whatever_two_streams_are_there_is_a_clock_within_its_limits_or_a_reason(
+    stream: Envelope, reference: Envelope
+) -> None:
+    try:
+        found = estimate(stream, reference)
+    except Weak:
+        return
+    middle = reference[0] + len(reference[1]) * STEP_NS // 2
+    assert abs(found.clock.drift_ppm) <= clocks.MAX_DRIFT_PPM
+    assert abs(int(found.clock.to_reference(np.array([middle]))[0]) - middle) <= clocks.MAX_OFFSET_NS + SECOND
+    assert found.certainty >= clocks.MIN_CERTAINTY
+    assert 0 < found.offset_error_ns < SECOND
+    assert found.drift_error_ppm > 0
 
 
 def test_what_is_told_of_the_error_holds() -> None:

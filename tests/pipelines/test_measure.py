@@ -226,7 +226,7 @@ def test_recordings_are_opened_ahead_each_file_once_and_their_windows_come_in_or
 
 
 FOUND: dict[str, Estimate | DecodeError | Weak] = {
-    "sound": Estimate(Clock(-1_000, 0.1 + 0.2), 3, math.inf, 12.3),
+    "sound": Estimate(Clock(-1_000, 0.1 + 0.2), 3, math.inf, 12.3, 995_000_000),
     "motion": Estimate(Clock(1 << 61, -40.0), 0, 1e-9, 8.0),
     "noise": Weak("certainty 3.2; at least 8 is needed"),
     "broken": DecodeError("decode_error", "b.wav: damaged"),

@@ -258,6 +258,39 @@ def test_cues_are_read_as_people_write_them(tmp_path: Path, content: bytes) -> N
     assert [*zip(starts.tolist(), ends.tolist(), strict=True)] == [cue[:2] for cue in EXPECTED]
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{0}\nhello\n\n{1}\n1984\n\n{2}\nbye\n", ["hello", "1984", "bye"]),
+        ("1\n{0}\nThe year is\n1984\n\n2\n{1}\n42\n\n3\n{2}\n7", ["The year is\n1984", "42", "7"]),
+        ("{0}\n1984\n{1}\n1985\n{2}\n1986\n", ["1984", "1985", "1986"]),
+        ("1\n{0}\nhello\n1984\n2\n{1}\n42\n3\n{2}\nbye\n", ["hello\n1984", "42", "bye"]),
+        ("\n\n1\n{0}\n1\n\n2\n\n2\n{1}\n2\n\n\n3\n{2}\n3", ["1\n2", "2", "3"]),
+        ("WEBVTT\n\n{0}\n1984\n\n2\n{1}\n42\n\n{2}\n7\n", ["1984", "42", "7"]),
+    ],
+)
+def test_a_number_that_is_said_is_no_counter(tmp_path: Path, content: str, said: list[str]) -> None:
+    spans = [f"00:00:0{at}.000 --> 00:00:0{at}.900" for at in (1, 2, 3)]
+    assert [cue.text for cue in cues_of(tmp_path, content.format(*spans).encode())] == said
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(["7", "1984", "so be it", "-"]), min_size=1, max_size=3), min_size=1, max_size=5),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_cue_that_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, said: list[list[str]], counted: bool, web: bool
+) -> None:
+    blocks = [
+        "\n".join([*([f"{number}"] if counted else []), f"00:00:{number:02}.000 --> 00:00:{number:02}.900", *lines])
+        for number, lines in enumerate(said, 1)
+    ]
+    content = ("WEBVTT\n\n" if web else "") + "\n\n".join(blocks)
+    found = cues_of(tmp_path_factory.mktemp("said"), content.encode())
+    assert [cue.text for cue in found] == ["\n".join(lines) for lines in said]
+
+
 def test_cues_of_impossible_times_are_kept_with_what_is_wrong(tmp_path: Path) -> None:
     content = SRT + "\n4\n00:00:05,000 --> 00:00:04,000\nbackwards\n\n5\n00:00:0x --> never\nno times\n"
     content += "\n6\n-00:00:01,250 --> 00:00:00,250\nbefore the start\n\n7\n00:00:09,000 --> 00:00:09,500\n\n"
@@ -340,7 +373,7 @@ def test_readings_are_those_of_the_file_in_blocks(tmp_path: Path, kind: str, mon
     assert len(list(sensor.readings(value(path), layout))) > 10
     rows = sensor.Rows(value(path), layout)
     for first, last in ((0, 0), (0, 250), (249, 260), (260, 260), (2999, 2999)):
-        assert np.array_equal(rows.get(first, last), VALUES[first : last + 1])
+        assert np.array_equal(rows.get(first, last).values, VALUES[first : last + 1])
     some = sensor.Layout(layout.time, layout.unit, ("y",))
     assert np.array_equal(rows_of(path, some)[1], VALUES[:, 1:])
 

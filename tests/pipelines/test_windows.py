@@ -29,7 +29,12 @@ def test_windows_stand_at_a_distance_until_one_reaches_the_end(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "CHUNK", chunk)
         made = list(every(first, last, every_ns, length_ns))
+        others = {anchor: rows(every(first, last, every_ns, length_ns, anchor)) for anchor in ("begin", "end")}
     assert rows(made) == expected
+    assert others == {
+        "begin": [(begin, begin, end) for begin, _, end in expected],
+        "end": [(begin, end - 1, end) for begin, _, end in expected],
+    }
     assert {column.dtype for each in made for column in each} == {np.dtype(np.int64)}
     assert max(len(each.begin_ns) for each in made) <= chunk
     if length_ns >= every_ns:
@@ -56,3 +61,10 @@ def test_each_event_has_a_window_anchored_in_its_middle_and_a_point_has_one_of_a
     starts, ends = np.array([3, 10, 10], np.int64), np.array([8, 10, 40], np.int64)
     made = rows(per_event([Events(starts, ends, np.arange(3)), Events(ends[2:], ends[2:] + 2, np.arange(3, 4))]))
     assert made == [(3, 5, 8), (10, 10, 11), (10, 25, 40), (40, 41, 42)]
+
+
+@pytest.mark.parametrize(("anchor", "first"), [("begin", (3, 3, 10)), ("centre", (0, 3, 7)), ("end", (-3, 3, 4))])
+def test_windows_of_a_length_hold_the_event_where_the_anchor_stands(anchor: str, first: tuple[int, ...]) -> None:
+    starts = np.array([3, 10, 10], np.int64)
+    made = rows(per_event([Events(starts, starts + 50, np.arange(3))], 7, anchor))
+    assert made == [first, *[tuple(time + 7 for time in first)] * 2]
