@@ -1,15 +1,12 @@
 """What the steps of a plan take, told from a sample: it is sharded and encoded aside, as the run would do it, and projected.
 
 The sample is of the samples whose ids have the smallest hashes, so the same every time; of a source that is dear to read here
-and there (Parquet, tars), of the stretches that begin with some of them. Its shards are cut, fetched, written and encoded by
-the workers that a run has, with as many threads and batches at once, in a folder that is gone afterwards: what is told of
-bytes is of files that were written, what is told of time was measured, the model's loading left out.
-
-A file's bytes are taken for a constant and a share of each row. The constant is what a Parquet file has beside its columns, or
-what a tar has at its end.
+and there (Parquet, tars), of the stretches that begin with some of them. Where few of it have a value for a view it is drawn
+anew, larger, and of the other views as many values are encoded as were asked for. Its shards are cut, fetched, written and
+encoded by the workers that a run has, with as many threads and batches at once, in a folder that is gone afterwards: what is
+told of bytes is of files that were written, what is told of time was measured, the model's loading left out.
 """
 
-import heapq
 import itertools
 import json
 import math
@@ -19,45 +16,38 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from featurestore import artefact, ids, training
 from featurestore.catalog import Catalog, Entry
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
 from featurestore.encoders import BaseEncoder, runtime
 from featurestore.errors import InputError
-from featurestore.identity import DIGEST_BYTES, hash64
-from featurestore.row_order import BY_ID
+from featurestore.identity import DIGEST_BYTES
 from featurestore.storage import Storage
 from featurestore.views import VIEW
 from jobs import plan
 from jobs.report import counted
+from jobs.sample import Line, chosen, line_of, parquet, tar
 from jobs.sizes import Size, Sizes
 from pipelines import encode, encode_plan, fuse, index
 from pipelines.cuts import SHARDS_PER_RANGE, Cut
 from pipelines.runner import InFlight, Result, Scope, changes
 from pipelines.shard import ShardWork
 from pipelines.shard_writer import ShardTask, write_plan
-from pipelines.sources import Measuring, SampleRef, Source, open_source
+from pipelines.sources import Measuring, open_source
 
-__all__ = ["chosen", "cores", "measured"]
+__all__ = ["cores", "measured"]
 
-MAX_BYTES = 1 << 30
-"""Of a sample's values: of large ones fewer are taken."""
-
-STRETCHES = 8
-"""Of a source that is read by stretches: in so many places."""
+WIDEST = 4
+"""So many times as large a sample is drawn where few have a value for a view."""
 
 ROUNDS = 4
 """So many batches go through each thread, or the last ones, behind which threads are idle, would tell too much."""
-
-TAR_END_BYTES = 1024 + 5120
-"""Two blocks, filled up to a record of 10,240 bytes: half of one, on average."""
 
 CARD_BYTES = {"align": 1_800, "index": 500, "fuse": 4_500}
 """Of a build's card, about."""
@@ -70,9 +60,16 @@ def measured(todo: Sizes, made: list[Size], count: int) -> tuple[list[Size], lis
         InputError: none of the sampled windows of recordings has a value for a view.
     """
     with tempfile.TemporaryDirectory(prefix="braid-sample-") as folder:
-        trial = _Trial(todo, Storage(uri=folder, media_root=todo.spec.store.media_root), count)
+        trial = _Trial(todo, _storage(todo, f"{folder}/first"), count, count)
+        if (rarest := trial.rarest()) < 1 / 2 and len(trial.rows) == count:
+            drawn = math.ceil(count / max(rarest, 1 / WIDEST))
+            trial = _Trial(todo, _storage(todo, f"{folder}/wider"), count, drawn)
         told = [getattr(trial, size.stage)(size) for size in made]
     return told, trial.remarks
+
+
+def _storage(todo: Sizes, folder: str) -> Storage:
+    return Storage(uri=folder, media_root=todo.spec.store.media_root)
 
 
 def cores() -> int:
@@ -80,83 +77,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def chosen(source: Source, count: int) -> list[SampleRef]:
-    """`count` of a source's samples, or all, or as many as have `MAX_BYTES`: the same every time."""
-    if source.order == BY_ID:
-        found = heapq.nsmallest(count, source.references(), key=lambda each: (hash64(each.id), each.id))
-    else:
-        found = _stretches(source.references(), max(1, -(-count // STRETCHES)))[:count]
-    sizes = itertools.accumulate(each.bytes for each in found)
-    return [
-        each for number, (each, size) in enumerate(zip(found, sizes, strict=True)) if not number or size <= MAX_BYTES
-    ]
-
-
-def _stretches(references: Iterable[SampleRef], length: int) -> list[SampleRef]:
-    """The `STRETCHES` samples whose ids have the smallest hashes, each with those that follow it, up to `length`."""
-    begun: list[tuple[int, int, list[SampleRef]]] = []
-    for number, reference in enumerate(references):
-        for _, _, stretch in begun:
-            if len(stretch) < length:
-                stretch.append(reference)
-        start = (-hash64(reference.id), number, [reference])
-        if len(begun) < STRETCHES:
-            heapq.heappush(begun, start)
-        elif start > begun[0]:
-            heapq.heapreplace(begun, start)
-    found = {each.id: each for _, _, stretch in sorted(begun, reverse=True) for each in stretch}
-    return list(found.values())
-
-
-class _Line(NamedTuple):
-    """Bytes of files: so many each, and so many a row."""
-
-    each: float
-    per_row: float
-
-    def at(self, files: float, rows: float) -> int:
-        return round(files * self.each + rows * self.per_row)
-
-
-def _line(files: Iterable[tuple[int, int]], rows: int) -> _Line:
-    """Of files of some rows together, as (bytes, bytes beside the rows)."""
-    sizes = list(files)
-    beside = sum(each for _, each in sizes)
-    return _Line(beside / max(1, len(sizes)), (sum(size for size, _ in sizes) - beside) / max(1, rows))
-
-
-def _parquet(content: bytes) -> tuple[int, int]:
-    """Bytes of a Parquet file, and of these what is beside its columns."""
-    about = pq.read_metadata(pa.BufferReader(content))
-    groups = (about.row_group(number) for number in range(about.num_row_groups))
-    columns = (group.column(each).total_compressed_size for group in groups for each in range(about.num_columns))
-    return len(content), len(content) - sum(columns)
-
-
-def _tar(size: int) -> tuple[int, int]:
-    return size, min(size, TAR_END_BYTES)
-
-
 class _Trial:
     """The sample, sharded; each stage's method gives the Size of a step with what the sample tells of it."""
 
-    def __init__(self, todo: Sizes, storage: Storage, count: int) -> None:
-        self.todo, self.spec, self.storage = todo, todo.spec, storage
+    def __init__(self, todo: Sizes, storage: Storage, count: int, drawn: int) -> None:
+        self.todo, self.spec, self.storage, self._count = todo, todo.spec, storage, count
         self.remarks: list[str] = []
-        self._written: dict[str, _Line] = {}
+        self._written: dict[str, Line] = {}
         self._shares: dict[str, float] = {}
         corpus = plan.corpus_dict(self.spec)
         # Where a source that measures something keeps it.
         self._corpus = {**corpus, "source": {**corpus["source"], "store": storage.to_json()}}
-        self._shard_all(count)
+        self._shard_all(drawn)
 
-    def _shard_all(self, count: int) -> None:
+    def _shard_all(self, drawn: int) -> None:
         source, name = open_source(self._corpus), self.spec.corpus.name
-        references = chosen(source, count)
+        references = chosen(source, drawn)
         if isinstance(source, Measuring) and source.measures():
             for each in dict.fromkeys(source.to_measure(sorted(references))):
                 source.measure(each)
-        cut = Cut(source.order, self._corpus["shard_rows"], self._corpus["shard_mb"] << 20)
+        cut = Cut(source.order, min(self._corpus["shard_rows"], self._count), self._corpus["shard_mb"] << 20)
         shards = cut.shards(references)
         with self.storage.scratch() as scratch:
             local = scratch / "plan.parquet"
@@ -175,31 +115,39 @@ class _Trial:
         catalog.commit("sample", changes(results, scopes, whole=False))
         self.snapshot = catalog.snapshot()
         opened = Corpus(self.snapshot, name)
-        self.rows = pa.concat_tables([opened.read(each.shard) for each in opened.shards], promote_options="permissive")
+        tables = {each.shard: opened.read(each.shard) for each in opened.shards}
+        self.rows = pa.concat_tables(tables.values(), promote_options="permissive")
+        ends = itertools.accumulate(map(len, tables.values()))
+        self._places = {shard: slice(end - len(tables[shard]), end) for shard, end in zip(tables, ends, strict=True)}
         self._parts = {part: ([r.id for r in own], [r.etag for r in own]) for part, own in enumerate(shards)}
+
+    def rarest(self) -> float:
+        """Of the samples, the fewest that have a value for a view that is to be encoded; 1 where there is none."""
+        views = [step.name for step in self.todo.steps if step.stage == "encode"]
+        return min((float(self._given(view).mean()) for view in views), default=1.0)
 
     def _entries(self, results: Iterable[Result], kind: str) -> Iterator[Entry]:
         entries = (Entry(*each) for result in results for each in json.loads(result.entries))
         return (entry for entry in entries if entry.kind == kind)
 
-    def _line_of(self, results: list[Result], kind: str, rows: int) -> _Line:
+    def _line_of(self, results: list[Result], kind: str, rows: int) -> Line:
         """What the files of a kind take; of what is rejected all is a share of the rows."""
         files = [
-            _tar(each.bytes)
+            tar(each.bytes)
             if kind == MEDIA
             else (each.bytes, 0)
             if kind == QUARANTINE
-            else _parquet(self.storage.read(each.path))
+            else parquet(self.storage.read(each.path))
             for each in self._entries(results, kind)
         ]
-        return _line(files, rows)
+        return line_of(files, rows)
 
     def shard(self, size: Size) -> Size:
         """Rows, tars and ids; values are read once."""
         rows, sampled = size.rows or 0, len(self.rows)
         shards, ranges = size.shards or 0, -(-(size.shards or 0) // SHARDS_PER_RANGE)
         placed = artefact.place_table(self.storage, ids.table(self._parts), "corpora/ids/sample", {"kind": ids.IDS})
-        written = _line([_parquet(self.storage.read(placed.path))], sampled).at(ranges, rows)
+        written = line_of([parquet(self.storage.read(placed.path))], sampled).at(ranges, rows)
         for kind in (ROWS, MEDIA, QUARANTINE):
             written += self._line_of(self._results, kind, sampled).at(shards, rows)
         read = sum(self._bytes(field) for field in self.spec.corpus.fields)
@@ -221,33 +169,42 @@ class _Trial:
         return given
 
     def encode(self, size: Size) -> Size:
-        """A view: encodes the sample as often as it takes to keep all threads at work."""
+        """A view: encodes values of the sample as often as it takes to keep all threads at work."""
         planned, encoder = self.todo.views[size.name], self.todo.encoders[size.name]
-        sampled, values = len(self.rows), int(self._given(size.name).sum())
-        if not values:
+        share = float(self._given(size.name).mean())
+        if not share:
             self._refuse_windows(size.name)
-            self.remarks.append(
-                f"views.{size.name}: none of {sampled} samples has a value of {planned.field}: not measured"
-            )
+            told = f"none of {counted(len(self.rows), 'sample')} has a value of {planned.field}: not measured"
+            self.remarks.append(f"views.{size.name}: {told}")
             return size
-        tasks = encode_plan.stale(self.snapshot, planned, {})
+        tasks, sampled, values = self._enough(size.name, encode_plan.stale(self.snapshot, planned, {}))
         opened = encode.EncodeWork(self.storage.to_json(), planned, self.snapshot.version).open(cores())
-        results = [opened.make(tasks[0])]
         at_once, repeats = self._fill(size, encoder, tasks, values / sampled)
+        if not encoder.concurrency:
+            # What is done first is slower than what follows; an endpoint is asked, and paid, for each value once.
+            opened.make(tasks[0])
         seconds, made = _timed(opened.make, tasks * repeats, at_once)
-        results = made[: len(tasks)]
-        line = self._line_of(results, VIEW, sampled)
-        self._written[size.name] = line
+        results, rows, shards = made[: len(tasks)], size.rows or 0, size.shards or 0
         rejected = sum(result.rejected for result in results)
-        self._shares[size.name] = (values - rejected) / sampled
         self._tell_rejected(f"views.{size.name}", values, rejected, self._reasons(results))
-        rows, shards = size.rows or 0, size.shards or 0
-        written = line.at(shards, rows) + self._line_of(results, QUARANTINE, sampled).at(0, rows)
+        self._shares[size.name] = share * (1 - rejected / values)
+        line = self._written[size.name] = self._line_of(results, VIEW, sampled)
         read = sum(self._bytes(field) for field in planned.field.split("+"))
         device = self._device(size.name, encoder)
-        return self._timed(size, seconds / repeats / sampled * rows, device)._replace(
-            read_bytes=round(read * rows / sampled), written_bytes=written
+        return self._timed(size, seconds / repeats / values * share * rows, device)._replace(
+            read_bytes=round(read * rows / len(self.rows)),
+            written_bytes=line.at(shards, rows) + self._line_of(results, QUARANTINE, sampled).at(0, rows),
         )
+
+    def _enough(self, view: str, tasks: list[Any]) -> tuple[list[Any], int, int]:
+        """Of the sample's shards as many as have the values that were asked for; how many rows and values these have."""
+        taken, values, given = [], 0, self._given(view)
+        for task in sorted(tasks):
+            taken.append(task)
+            values += int(given[self._places[task.shard]].sum())
+            if values >= self._count:
+                break
+        return taken, sum(task.rows for task in taken), values
 
     def _fill(self, size: Size, encoder: BaseEncoder, tasks: list[Any], share: float) -> tuple[int, int]:
         """How many tasks of the sample to do at once, and how often each: for as many batches at once as a run has."""
@@ -259,7 +216,6 @@ class _Trial:
         busy = min(encoder.concurrency or cores(), InFlight.SHARDS_IN_FLIGHT * batches(shard))
         total = sum(batches(task.rows) for task in tasks)
         at_once = max(InFlight.SHARDS_IN_FLIGHT, math.ceil(busy * len(tasks) / total))
-        # An endpoint is asked, and paid, for each value once.
         return at_once, 1 if encoder.concurrency else max(1, math.ceil(ROUNDS * busy / total))
 
     def _refuse_windows(self, view: str) -> None:
@@ -353,7 +309,7 @@ class _Trial:
             schema=index.ROWS_SCHEMA,
         )
         placed = artefact.place_table(self.storage, table, "sample", {})
-        line = _line([_parquet(self.storage.read(placed.path))], rows)
+        line = line_of([parquet(self.storage.read(placed.path))], rows)
         return made._replace(
             read_bytes=self._view_bytes(views),
             written_bytes=(made.written_bytes or 0) + line.at(1, made.rows or 0) + CARD_BYTES["index"],
@@ -370,8 +326,8 @@ class _Trial:
         with self.storage.scratch() as folder:
             paths = training.write_split(table, folder, fuse.TRAIN, len(table))
             lines = [
-                _line(
-                    [_parquet(path.read_bytes()) if path.suffix == ".parquet" else _tar(path.stat().st_size)], len(kept)
+                line_of(
+                    [parquet(path.read_bytes()) if path.suffix == ".parquet" else tar(path.stat().st_size)], len(kept)
                 )
                 for path in paths
             ]

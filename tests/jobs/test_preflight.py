@@ -19,7 +19,7 @@ from featurestore.errors import InputError, SpecError
 from featurestore.identity import hash64
 from featurestore.row_order import BY_ID, BY_SOURCE
 from featurestore.store import FeatureStore
-from jobs import forecast, metrics, preflight, sizes
+from jobs import forecast, metrics, preflight, sample, sizes
 from jobs.run import Done, Runner
 from jobs.show_plan import read_prices, show
 from jobs.spec import load, parse
@@ -41,9 +41,9 @@ class Planned(NamedTuple):
     store: FeatureStore
 
 
-def said_of(spec: Path, sample: int | None = None, prices: dict[str, float] | None = None) -> str:
+def said_of(spec: Path, count: int | None = None, prices: dict[str, float] | None = None) -> str:
     out = io.StringIO()
-    show(load(spec), Console(file=out, width=240), sample, prices or {})
+    show(load(spec), Console(file=out, width=240), count, prices or {})
     return out.getvalue()
 
 
@@ -173,28 +173,42 @@ def listed(count: int, size: int = 1) -> list[SampleRef]:
 def test_a_sample_is_the_same_whatever_the_order_of_the_source(count: int, wanted: int, chance: random.Random) -> None:
     references = listed(count)
     shuffled = chance.sample(references, count)
-    found = preflight.chosen(Listed(BY_ID, references), wanted)  # type: ignore[arg-type]
-    assert found == preflight.chosen(Listed(BY_ID, shuffled), wanted)  # type: ignore[arg-type]
+    found = sample.chosen(Listed(BY_ID, references), wanted)  # type: ignore[arg-type]
+    assert found == sample.chosen(Listed(BY_ID, shuffled), wanted)  # type: ignore[arg-type]
     assert {each.id for each in found} == {each.id for each in sorted(references, key=lambda r: hash64(r.id))[:wanted]}
 
 
 @given(st.integers(1, 400), st.integers(1, 90))
 def test_of_a_source_that_is_read_by_stretches_a_sample_is_a_few_of_them(count: int, wanted: int) -> None:
     references = listed(count)
-    found = preflight.chosen(Listed(BY_SOURCE, references), wanted)  # type: ignore[arg-type]
+    found = sample.chosen(Listed(BY_SOURCE, references), wanted)  # type: ignore[arg-type]
     places = sorted(each.offset for each in found)
     assert len(set(places)) == len(places) <= wanted
     runs = 1 + sum(second != first + 1 for first, second in itertools.pairwise(places))
-    assert runs <= preflight.STRETCHES
+    assert runs <= sample.STRETCHES
     first = min(references, key=lambda each: hash64(each.id))
     assert first in found
-    assert len(places) >= min(wanted, -(-wanted // preflight.STRETCHES), count - first.offset)
+    assert len(places) >= min(wanted, -(-wanted // sample.STRETCHES), count - first.offset)
+
+
+def test_where_few_have_a_value_for_a_view_more_are_drawn(small: Made, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (small.corpus / "manifest.jsonl").read_text().splitlines()]
+    kept = [row["id"] for row in rows if row["sound_path"]][::6]
+    made = [row | {"sound_path": row["sound_path"] and str(small.corpus / row["sound_path"])} for row in rows]
+    lines = [json.dumps(row if row["id"] in kept else row | {"sound_path": None}) + "\n" for row in made]
+    (tmp_path / "few.jsonl").write_text("".join(lines))
+    spec = anew(small, tmp_path, (f"{small.corpus}/manifest.jsonl", str(tmp_path / "few.jsonl")))
+    said_of(spec, 12)
+    size = sum((small.corpus / row["sound_path"]).stat().st_size for row in rows if row["id"] in kept)
+    kept_forecast = forecast.read(load(spec).store, "encode", "loud")
+    assert kept_forecast is not None
+    assert kept_forecast["predicted"]["read_bytes"] == size
 
 
 def test_of_large_values_fewer_are_sampled() -> None:
-    source = Listed(BY_ID, listed(50, preflight.MAX_BYTES // 3))
-    assert len(preflight.chosen(source, 20)) == 3  # type: ignore[arg-type]
-    assert len(preflight.chosen(Listed(BY_ID, listed(5, preflight.MAX_BYTES * 2)), 20)) == 1  # type: ignore[arg-type]
+    source = Listed(BY_ID, listed(50, sample.MAX_BYTES // 3))
+    assert len(sample.chosen(source, 20)) == 3  # type: ignore[arg-type]
+    assert len(sample.chosen(Listed(BY_ID, listed(5, sample.MAX_BYTES * 2)), 20)) == 1  # type: ignore[arg-type]
 
 
 # What cannot fit
