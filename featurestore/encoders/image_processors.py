@@ -1,7 +1,12 @@
-"""Checkpoints' own image processors, with Pillow behind them: what encoders of images share."""
+"""Checkpoints' own image processors, with Pillow behind them: what encoders of images share.
+
+What most of them do (resize, crop the middle, scale and shift the components) is done here in one pass, in about half of their
+time, with the same bits: a component is one of 256, and what becomes of each is the processor's own answer. A processor for
+which that gives anything else, tried when it is loaded, does its work itself.
+"""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +18,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["ImageProcessor"]
+
+TRIED = ((90, 61), (61, 90), (640, 480), (300, 900))
+"""Sizes of the images that it is tried on."""
 
 
 class ImageProcessor(Processor):
@@ -27,18 +35,91 @@ class ImageProcessor(Processor):
 
     def __init__(self, owner: CheckpointEncoder) -> None:
         super().__init__(owner)
+        self._steps: _Steps | None = None
         self.settings: dict[str, Any] = {"image_processor": self.own, "backend": "pil"}
         self.decode_side = _twice(self.own.get("size")) if self.own.get("do_resize", True) else None
 
     def __call__(self, image: "Image.Image") -> NDArray[np.float32]:
         """float32 [C, H, W] of an RGB image."""
-        made = self._loaded()(image, return_tensors="np")
-        # IDEFICS's gives the pixels themselves.
-        pixels: NDArray[np.float32] = np.asarray(
-            made["pixel_values"] if isinstance(made, Mapping) else made, np.float32
-        )
-        # A processor of videos takes it for a video of one frame, and gives one dimension more.
-        return pixels.reshape(pixels.shape[-3:])
+        processor = self._loaded()
+        made = None if self._steps is None else self._steps.run(image)
+        return _of_its_own(processor, image) if made is None else made
+
+    def _read(self) -> Any:
+        processor = super()._read()
+        steps = _steps_of(processor)
+        self._steps = steps if steps is not None and _is_same(steps, processor) else None
+        return processor
+
+
+class _Steps(NamedTuple):
+    """Resize to (height, width), or the shortest edge to (edge,); crop the middle to (height, width); look components up."""
+
+    size: tuple[int, ...]
+    resample: int
+    crop: tuple[int, int] | None
+    table: NDArray[np.float32]
+    """[C, 256]."""
+
+    def run(self, image: "Image.Image") -> NDArray[np.float32] | None:
+        """float32 [C, H, W], or None where the image would have to be padded."""
+        from PIL import Image
+
+        width, height = image.size
+        new = self.size
+        if len(new) == 1:
+            longer = int(new[0] * max(width, height) / min(width, height))
+            new = (new[0], longer) if height <= width else (longer, new[0])
+        image = image.resize(new[::-1], Image.Resampling(self.resample))
+        if self.crop is not None:
+            top, left = (new[0] - self.crop[0]) // 2, (new[1] - self.crop[1]) // 2
+            if top < 0 or left < 0:
+                return None
+            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        pixels_HWC = np.asarray(image)
+        made = np.empty((3, *pixels_HWC.shape[:2]), np.float32)
+        for channel, own in enumerate(self.table):
+            np.take(own, pixels_HWC[..., channel], out=made[channel], mode="clip")
+        return made
+
+
+def _steps_of(processor: Any) -> _Steps | None:
+    """What a processor says that it does; None where it says something else, or not enough."""
+    from PIL import Image
+
+    size, crop = getattr(processor, "size", None), getattr(processor, "crop_size", None)
+    crops = getattr(processor, "do_center_crop", False) and crop is not None
+    to = (getattr(size, "height", None), getattr(size, "width", None))
+    to = to if all(to) else (getattr(size, "shortest_edge", None),)
+    if not getattr(processor, "do_resize", False) or not all(to) or (crops and not (crop.height and crop.width)):
+        return None
+    every = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    table = _of_its_own(processor, every, do_resize=False, do_center_crop=False)
+    if table.shape != (3, 16, 16):
+        return None
+    return _Steps(to, int(processor.resample), (crop.height, crop.width) if crops else None, table.reshape(3, 256))
+
+
+def _is_same(steps: _Steps, processor: Any) -> bool:
+    """Whether the steps give what the processor gives, bit for bit."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for width, height in TRIED:
+        coarse = Image.fromarray(random.integers(0, 256, (7, 5, 3), dtype=np.uint8))
+        image = coarse.resize((width, height), Image.Resampling.NEAREST)
+        made = steps.run(image)
+        if made is None or not np.array_equal(made, _of_its_own(processor, image)):
+            return False
+    return True
+
+
+def _of_its_own(processor: Any, image: "Image.Image", **how: Any) -> NDArray[np.float32]:
+    made = processor(image, return_tensors="np", **how)
+    # IDEFICS's gives the pixels themselves.
+    pixels: NDArray[np.float32] = np.asarray(made["pixel_values"] if isinstance(made, Mapping) else made, np.float32)
+    # A processor of videos takes it for a video of one frame, and gives one dimension more.
+    return pixels.reshape(pixels.shape[-3:])
 
 
 def _twice(size: Any) -> int | None:

@@ -12,7 +12,9 @@ def main() -> None:
     """Runs the areas named on the command line."""
     # An area's bars may stand in several modules: bench_<area>.py, bench_<area>_<part>.py.
     areas: dict[str, list[str]] = {}
-    for module in sorted(each.name for each in pkgutil.iter_modules(benchmarks.__path__) if each.name != "__main__"):
+    for module in sorted(
+        each.name for each in pkgutil.iter_modules(benchmarks.__path__) if each.name.startswith("bench_")
+    ):
         areas.setdefault(module.split("_")[1], []).append(module)
     wanted = sys.argv[1:] or list(areas)
     unknown = [area for area in wanted if area not in areas]
