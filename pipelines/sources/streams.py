@@ -7,7 +7,8 @@ clock, and for each field `<field>_residual_ns`; of a clock that is measured, `<
 `<field>_offset_error_ns` and `<field>_certainty`, as `synchronize.clocks.Estimate` tells them.
 
 How many windows a recording has is known from the headers of its files (the cues, the times of a sensor, and the packets of a
-file whose header does not say how long it is, are read for it) and never from a measured clock: planning decodes nothing.
+file whose header is not trusted to say how long it is, are read for it: `container.header`) and never from a measured clock:
+planning decodes nothing.
 """
 
 import itertools
