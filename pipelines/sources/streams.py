@@ -8,7 +8,8 @@ clock, and for each field `<field>_residual_ns`; of a clock that is measured, `<
 
 How many windows a recording has is known from the headers of its files (the cues, the times of a sensor, and the packets of a
 file whose header is not trusted to say how long it is, are read for it: `container.header`) and never from a measured clock:
-planning decodes nothing.
+planning decodes nothing. Where one of these files cannot be read now, how a recording is cut is not known either: what is
+stored of it stays as it is until it can, and is told in `remarks`.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from featurestore.errors import InputError
+from featurestore.errors import DecodeError, InputError
 from featurestore.identity import check_id, digest_of
 from featurestore.row_order import BY_ID
 from featurestore.storage import Storage
@@ -31,6 +32,9 @@ from pipelines.synchronize.recording import Recording, Window
 
 BATCH = 256
 """Recordings that are read from the manifest at once."""
+
+_TOLD_DOUBTS = 3
+"""So many recordings that cannot be read now are told one by one."""
 
 _AHEAD = 16
 """So many recordings are opened ahead of the one whose windows are asked for."""
@@ -56,6 +60,14 @@ def filled(fields: dict[str, Any]) -> dict[str, Any]:
 DEFAULT_POLICY = {"image": "nearest", "audio": "window", "text": "overlap", "sensor": "window"}
 
 
+class _Cut(NamedTuple):
+    """A reference to a recording as those to its windows are, but for their ids; how many there are; what cannot be read."""
+
+    recording: SampleRef
+    windows: int
+    unread: DecodeError | None
+
+
 class _Pass(NamedTuple):
     """A pass over a recording that can go on from its window `next`."""
 
@@ -79,40 +91,63 @@ class Streams:
             name: {"modality": field["modality"], "from": field["from"], "read": "file"}
             for name, field in self._fields.items()
         }
-        self._measured = [name for name, field in self._fields.items() if field["clock"]["estimate"] is not None]
+        measured = self._measured = [
+            name for name, field in self._fields.items() if field["clock"]["estimate"] is not None
+        ]
+        self._about = {
+            name: [f"{name}_residual_ns", *(f"{name}_{told}" for told in _TOLD if name in measured)]
+            for name in self._fields
+        }
         store = corpus["source"].get("store")
         self._clocks = ClockStore(Storage.from_json(store), corpus["name"]) if store else None
         self._thread = threading.local()
+        self._doubts: dict[str, DecodeError] = {}
         self._recordings = sources.open_source(
             {**corpus, "source": {**corpus["source"], "type": "manifest"}, "fields": files}
         )
 
     def remarks(self) -> list[str]:
-        """What the manifest of the recordings has to say."""
-        return self._recordings.remarks()
+        """What the manifest of the recordings has to say, and which of them cannot be read now."""
+        doubts = [
+            f"recording {name!r} cannot be read as a whole now ({error}): what is stored of it stays as it is"
+            for name, error in itertools.islice(self._doubts.items(), _TOLD_DOUBTS)
+        ]
+        if len(self._doubts) > _TOLD_DOUBTS:
+            doubts.append(f"nor can {len(self._doubts) - _TOLD_DOUBTS} more recordings")
+        return [*self._recordings.remarks(), *doubts]
 
     def whole(self) -> bool:
         """Whether all of that manifest was there."""
         return self._recordings.whole()
 
+    def in_doubt(self, sample_id: str) -> bool:
+        """Whether a window's recording cannot be read as a whole now."""
+        return sample_id.rpartition("/")[0] in self._doubts
+
     def references(self) -> Iterator[SampleRef]:
         """Every window; InputError names a recording of too many windows, or whose columns stand for ours."""
-        waiting: deque[Future[tuple[SampleRef, int]]] = deque()
+        self._doubts = {}
+        waiting: deque[Future[_Cut]] = deque()
         with ThreadPoolExecutor(_AHEAD) as pool:
             for reference, sample in self._rows():
                 waiting.append(pool.submit(self._cut, reference, sample))
                 if len(waiting) >= _AHEAD:
-                    yield from _windows(*waiting.popleft().result())
+                    yield from self._numbered(waiting.popleft().result())
             while waiting:
-                yield from _windows(*waiting.popleft().result())
+                yield from self._numbered(waiting.popleft().result())
+
+    def _numbered(self, cut: "_Cut") -> Iterator[SampleRef]:
+        if cut.unread is not None:
+            self._doubts[cut.recording.id] = cut.unread
+        for number in range(cut.windows):
+            yield cut.recording._replace(id=_id(cut.recording.id, number))
 
     def _rows(self) -> Iterator[tuple[SampleRef, Sample]]:
         found = self._recordings.references()
         while batch := list(itertools.islice(found, BATCH)):
             yield from zip(batch, self._recordings.samples(batch), strict=True)
 
-    def _cut(self, reference: SampleRef, sample: Sample) -> tuple[SampleRef, int]:
-        """A reference to a recording as those to its windows are, but for their ids; and how many there are."""
+    def _cut(self, reference: SampleRef, sample: Sample) -> "_Cut":
         if clash := sorted((sample.columns.keys() | self._fields.keys()) & self._own_columns()):
             raise InputError(
                 f"{self._recordings.place(reference)}: a column or field {clash[0]!r} would stand for a window's own column; "
@@ -122,7 +157,7 @@ class Streams:
         etag, size = digest_of(reference.etag, self._windows), recording.bytes_per_window()
         check_id(_id(sample.id, 0), self._recordings.place(reference))
         count = sum(len(chunk.begin_ns) for chunk in recording.windows())
-        return reference._replace(etag=etag, bytes=size), count
+        return _Cut(reference._replace(etag=etag, bytes=size), count, recording.unread)
 
     def _recording(self, sample: Sample) -> Recording:
         files = {name: value if isinstance(value, FileValue) else None for name, value in sample.values.items()}
@@ -133,8 +168,7 @@ class Streams:
         return self._recordings.columns() | self._own_columns()
 
     def _own_columns(self) -> set[str]:
-        residuals = {f"{name}_residual_ns" for name in self._fields}
-        return {"begin_ns", "end_ns"} | residuals | {f"{name}_{told}" for name in self._measured for told in _TOLD}
+        return {"begin_ns", "end_ns"}.union(*self._about.values())
 
     def unmatched(self) -> dict[str, str]:
         """Field -> its `from`, of the fields that no recording has a column of."""
@@ -162,7 +196,8 @@ class Streams:
             recording.estimates |= self._clocks.get(self._clock_key(recording_ref)) or {}
         for window in recording.read(numbers):
             columns = self._columns_of(sample, recording, window)
-            yield Sample(_id(sample.id, window.number), sample.group, first.etag, columns, window.values)
+            window_id = _id(sample.id, window.number)
+            yield Sample(window_id, sample.group, first.etag, columns, window.values, self._about)
 
     def _one(self, reference: SampleRef) -> Sample:
         """One window. Who asks for one after the other, to compare them with what is stored, goes on in the same pass."""
@@ -217,11 +252,6 @@ def _told(found: object) -> dict[str, Any]:
         return dict.fromkeys(_TOLD)
     values = (found.clock.offset_ns, found.clock.drift_ppm, found.offset_error_ns, found.certainty)
     return dict(zip(_TOLD, values, strict=True))
-
-
-def _windows(recording: SampleRef, count: int) -> Iterator[SampleRef]:
-    for number in range(count):
-        yield recording._replace(id=_id(recording.id, number))
 
 
 def _id(recording: str, number: int) -> str:

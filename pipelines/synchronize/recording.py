@@ -84,6 +84,8 @@ class Recording:
         self._envelopes: dict[str, Envelope | DecodeError | Weak] = {}
         self.estimates: dict[str, Measured] = {}
         """Field -> its measured clock, or why there is none. What `read` does not find here it measures."""
+        self.unread: DecodeError | None = None
+        """What keeps a file from being read now, of those that tell of the windows, as far as was looked."""
 
     def windows(self) -> Iterator[WindowChunk]:
         """All windows, on the recording's clock; one at least.
@@ -147,12 +149,21 @@ class Recording:
             return None
         try:
             return container.header(file, kind)
-        except (DecodeError, NoStream):
+        except NoStream:
             return None
+        except DecodeError as error:
+            self._note(error)
+            return None
+
+    def _note(self, error: DecodeError | None) -> None:
+        if self.unread is None and error is not None and error.reason == "unreadable":
+            self.unread = error
 
     def _whole(self, name: str) -> Iterator[Events]:
         """A stream's events on the recording's clock, as far as they can be read."""
-        return iter(_Stream(self._events(name), self._clock(name)))
+        stream = _Stream(self._events(name), self._clock(name))
+        yield from stream
+        self._note(stream.error)
 
     def _clock(self, name: str) -> Clock:
         given = self._fields[name]["clock"]
@@ -236,6 +247,9 @@ class Recording:
         own, other = (self._envelope(each) for each in (name, reference))
         if isinstance(own, DecodeError | Weak):
             return own
+        if isinstance(other, DecodeError) and other.reason == "unreadable":
+            # That may be mended, so this is no recording without a clock.
+            return other
         if isinstance(other, DecodeError | Weak):
             return Weak(f"of {reference}: {other}")
         given = self._clock(name)
