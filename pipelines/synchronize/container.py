@@ -81,8 +81,9 @@ class Header(NamedTuple):
 
     Args:
         span_ns: when it begins and ends in its own time; None where the header does not say, or FFmpeg only estimates it.
-        bytes_per_s: of its sound, decoded; 0 of a video.
-        frame_bytes: of a decoded frame; 0 of sound.
+        bytes_per_s: about how many its sound has as FLAC: a byte a sample of 16 bits or fewer, 2 of more, which is what a lossy
+            codec gives; 0 of a video.
+        frame_bytes: about how many a frame has as PNG: half of its pixels' (photographs have from 0.4 to 0.6); 0 of sound.
     """
 
     span_ns: tuple[int, int] | None
@@ -99,8 +100,8 @@ def header(file: FileValue, kind: Kind) -> Header:
     """
     with opened(file, kind) as (container, stream):
         context = stream.codec_context
-        per_s = 2 * stream.rate * stream.channels if kind == "audio" else 0
-        frame = 3 * context.width * context.height if kind == "video" else 0
+        per_s = (1 if context.format and context.format.bytes <= 2 else 2) * stream.rate * stream.channels if kind == "audio" else 0
+        frame = 3 * context.width * context.height // 2 if kind == "video" else 0
         return Header(_span(container, stream), per_s, frame)
 
 

@@ -170,7 +170,7 @@ class Recording:
         return Clock(given["offset"], given["drift"])
 
     def bytes_per_window(self) -> int:
-        """About how many bytes the values of a window have, decoded: from the headers of its files."""
+        """About how many bytes the values of a window have as they are stored: from the headers of its files."""
         length_s = (self._windows["length"] or 10**9) / 1e9
         size = 0
         for name, field in self._fields.items():
@@ -228,7 +228,11 @@ class Recording:
             return ((value, None) for _ in windows)
         if field["modality"] == "audio":
             return _sounds(file, field, clock, chunks)
-        return _matched(file, field, clock, chunks, self._events(name))
+        if field["modality"] == "image":
+            begin = _begin(file, clock, chunks)
+            return _matched(file, field, clock, chunks, video.events(file, begin), _frames(file, begin))
+        values = _texts(file, field, clock) if field["modality"] == "text" else _arrays(file, field)
+        return _matched(file, field, clock, chunks, self._events(name), values)
 
     def measure(self) -> None:
         """Measures every clock that is to be: decodes those streams, and the ones they are measured against, whole."""
@@ -335,14 +339,28 @@ class _Stream:
             self.has_stream = False
 
 
+def _begin(file: FileValue, clock: Clock, chunks: list[WindowChunk]) -> video.Start | None:
+    """Where to begin with a video for some windows: no policy of frames asks for more than the last before the first."""
+    try:
+        # A nanosecond that a clock rounds, and one that its inverse does.
+        return video.start(file, int(clock.to_stream(chunks[0].begin_ns[:1])[0]) - 2) if chunks else None
+    except (DecodeError, NoStream):
+        # Told where the stream is read.
+        return None
+
+
 def _matched(
-    file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: list[WindowChunk], events: Iterator[Events]
+    file: FileValue,
+    field: Mapping[str, Any],
+    clock: Clock,
+    chunks: list[WindowChunk],
+    events: Iterator[Events],
+    value: "_Values",
 ) -> Iterator[_Given]:
     """What a stream of events has in each window."""
     stream = _Stream(events, clock)
     policy = field["policy"]
     merged = align(iter(chunks), iter(stream), policy, field["tolerance"], field["staleness"])
-    value = _VALUES[field["modality"]](file, field, clock)
     for chunk in chunks:
         matches = None
         try:
@@ -374,8 +392,8 @@ _Values = Callable[[int, int, int, int, float], Value]
 """(begin and end of a window in ns, first and last matched event, weight of the last) -> value, or DecodeError."""
 
 
-def _frames(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
-    frames = video.Frames(file)
+def _frames(file: FileValue, begin: video.Start | None) -> _Values:
+    frames = video.Frames(file, begin)
 
     def value(begin: int, end: int, first: int, last: int, weight: float) -> Value:
         found = frames.get(first)
@@ -404,7 +422,7 @@ def _texts(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
     return value
 
 
-def _arrays(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
+def _arrays(file: FileValue, field: Mapping[str, Any]) -> _Values:
     rows = sensor.Rows(file, _layout(field))
 
     def value(begin: int, end: int, first: int, last: int, weight: float) -> Value:
@@ -414,13 +432,6 @@ def _arrays(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
         return sensor.Array(found, file.source)
 
     return value
-
-
-_VALUES: dict[str, Callable[[FileValue, Mapping[str, Any], Clock], _Values]] = {
-    "image": _frames,
-    "text": _texts,
-    "sensor": _arrays,
-}
 
 
 def _sounds(file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: list[WindowChunk]) -> Iterator[_Given]:
