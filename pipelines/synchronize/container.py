@@ -100,7 +100,11 @@ def header(file: FileValue, kind: Kind) -> Header:
     """
     with opened(file, kind) as (container, stream):
         context = stream.codec_context
-        per_s = (1 if context.format and context.format.bytes <= 2 else 2) * stream.rate * stream.channels if kind == "audio" else 0
+        per_s = (
+            (1 if context.format and context.format.bytes <= 2 else 2) * stream.rate * stream.channels
+            if kind == "audio"
+            else 0
+        )
         frame = 3 * context.width * context.height // 2 if kind == "video" else 0
         return Header(_span(container, stream), per_s, frame)
 

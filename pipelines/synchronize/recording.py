@@ -436,7 +436,7 @@ def _arrays(file: FileValue, field: Mapping[str, Any]) -> _Values:
 
 def _sounds(file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: list[WindowChunk]) -> Iterator[_Given]:
     """The clip of each window."""
-    clips = audio.Clips(file)
+    clips = audio.Clips(file, int(clock.to_stream(chunks[0].begin_ns[:1])[0]) if chunks else None)
     for chunk in chunks:
         starts, ends = (clock.to_stream(times).tolist() for times in (chunk.begin_ns, chunk.end_ns))
         for begin, start, end in zip(chunk.begin_ns.tolist(), starts, ends, strict=True):

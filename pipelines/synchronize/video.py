@@ -1,7 +1,8 @@
 """Video: the frames of a file at their true presentation times, and as PNG.
 
 Times are those of the packets, so that a frame that cannot be decoded has one too. A frame is a moment, its presentation
-time, and not the time until the next.
+time, and not the time until the next. (An AVI has none, and FFmpeg makes them up in the order of decoding: of H.264 with
+B-frames in one, frames are told as not to be decoded that FFmpeg shows at a wrong time.)
 
 Who needs no frame before some time need not read from the beginning: `start` finds a key frame to begin at, and indices count
 from there.
