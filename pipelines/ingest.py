@@ -1,7 +1,8 @@
 """What a source holds that a store does not: compared by id and etag before a shard job is planned, and again inside it.
 
 A sample that changed is a tombstone for the old row and a row in the new ingest; one that is gone is a tombstone. One whose
-etag alone is another was touched or copied: its values are compared, and it stays as it is.
+etag alone is another was touched or copied: its values are compared, and it stays as it is. So does one whose source cannot be
+read now: nothing that is stored is given up for a disk or a server that does not answer.
 """
 
 import itertools
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from featurestore import media
 from featurestore.catalog import Snapshot
-from featurestore.corpora import ROWS, Corpus
+from featurestore.corpora import MISSES, ROWS, Corpus
 from featurestore.errors import DecodeError, InputError
 from featurestore.identity import IngestDigest, hash64, input_digest
 from featurestore.ids import Ids, hashes
@@ -24,7 +25,7 @@ from featurestore.times import TIMESTAMPS
 from featurestore.tombstones import CHANGED, GONE, SCHEMA
 from pipelines.cuts import SHARDS_PER_RANGE
 from pipelines.fetch import fetched, reference_to
-from pipelines.sources import Missing, Sample, SampleRef, Source, Value
+from pipelines.sources import Doubting, Missing, Sample, SampleRef, Source, Value
 
 _BATCH = 65_536
 """References whose ids are looked up at once."""
@@ -78,13 +79,14 @@ class Known:
         """
         self._seen = self._gone.copy()
         self._changed: list[int] = []
+        self._doubting = source if isinstance(source, Doubting) else None
         references = source.references()
         while batch := list(itertools.islice(references, _BATCH)):
             found = self._ids.find(hashes([reference.id for reference in batch]))
             etags = hashes([reference.etag for reference in batch])
             stored = np.flatnonzero(found >= 0)
             touched = stored[self._gone[found[stored]] | (self._ids.etag[found[stored]] != etags[stored])]
-            again = _samples(source, [batch[place] for place in touched])
+            again = _samples(source, [batch[place] for place in touched if not self._in_doubt(batch[place].id)])
             for reference, first, etag in zip(batch, found.tolist(), etags, strict=True):
                 state = NEW if first < 0 else self._state(reference, first, etag, again)
                 before = [] if first < 0 or state == SAME else self._ids.places(reference.id)
@@ -96,7 +98,9 @@ class Known:
         left = ((place, GONE) for place in np.flatnonzero(~self._seen).tolist())
         for place, why in itertools.chain(left, ((place, CHANGED) for place in self._changed)):
             shard, row = self._ids.shard(place), int(self._ids.rows[place])
-            rows.append((shard, row, self._rows(shard)["id"][row].as_py(), why))
+            sample_id = self._rows(shard)["id"][row].as_py()
+            if not self._in_doubt(sample_id):
+                rows.append((shard, row, sample_id, why))
         columns = [list(column) for column in zip(*sorted(rows), strict=True)] or [[]] * len(SCHEMA)
         return pa.table(columns, schema=SCHEMA)
 
@@ -111,6 +115,8 @@ class Known:
                 shard, row = self._ids.shard(place), int(self._ids.rows[place])
                 if self._rows(shard)["id"][row].as_py() == reference.id:
                     self._seen[place] = True
+                    if self._in_doubt(reference.id):
+                        return SAME
                     sample = next(each for each in again if each.id == reference.id)
                     assert self._corpus is not None
                     if same(self._corpus, self._rows(shard).slice(row, 1), sample):
@@ -119,6 +125,9 @@ class Known:
                     return CHANGED
             place += 1
         return NEW
+
+    def _in_doubt(self, sample_id: str) -> bool:
+        return self._doubting is not None and self._doubting.in_doubt(sample_id)
 
     def _rows(self, shard: str) -> pa.Table:
         assert self._corpus is not None
@@ -132,23 +141,42 @@ def same(corpus: Corpus, row: pa.Table, sample: Sample, but: Collection[str] = (
         corpus: as it is stored.
         row: the sample's row of its shard.
         sample: the same id, as the source gives it.
-        but: fields whose values may be others.
+        but: fields whose values may be others, and what is measured of them.
     """
     times = [name for name in TIMESTAMPS if name in row.column_names]
     stored = row.drop_columns(times).to_pylist()[0]
-    columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
     own = {"id", "group", "etag", *corpus.fields}
-    values = ((name, value) for name, value in sample.values.items() if name not in but)
-    return (
-        stored["group"] == sample.group
-        and all(row[name].cast(pa.int64())[0].as_py() == sample.columns.get(name) for name in times)
-        and {name for name in stored if name not in own and stored[name] is not None} == columns.keys()
-        and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
-        and all(_same_value(corpus, stored[name], name, value) for name, value in values)
+    kept = {name: value for name, value in stored.items() if name not in own}
+    given = {name: value for name, value in sample.columns.items() if name not in times}
+    about = {column for columns in sample.about.values() for column in columns}
+    if (
+        stored["group"] != sample.group
+        or any(row[name].cast(pa.int64())[0].as_py() != sample.columns.get(name) for name in times)
+        or not _equal(kept, given, (kept.keys() | given.keys()) - about)
+    ):
+        return False
+    unknown = {*but}
+    for name, value in sample.values.items():
+        found = None if name in unknown else _same_value(corpus, stored[name], name, value)
+        if found is False:
+            return False
+        if found is None:
+            unknown.add(name)
+    return _equal(
+        kept, given, {each for name, columns in sample.about.items() if name not in unknown for each in columns}
     )
 
 
-def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value | Missing | None) -> bool:
+def _equal(kept: dict[str, Any], given: dict[str, Any], names: Collection[str]) -> bool:
+    """Whether columns of these names are the same; what is no number, truth or text is kept as JSON."""
+    return all(
+        (kept.get(name) is None) if value is None else kept.get(name) in (value, json.dumps(value, sort_keys=True))
+        for name, value in ((name, given.get(name)) for name in names)
+    )
+
+
+def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value | Missing | None) -> bool | None:
+    """None where that cannot be told now: what is stored is not given up for a server that does not answer."""
     if value is None or isinstance(value, Missing):
         return bool(member["miss_reason"] == (value.reason if value else "absent"))
     try:
@@ -157,8 +185,9 @@ def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value
         if member["digest"] != input_digest(fetched(value, corpus.fields[field], decode)):
             return False
     except DecodeError as error:
-        # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
-        return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
+        if error.reason == "unreadable" and (member["present"] or member["miss_reason"] in MISSES - {"absent"}):
+            return None
+        return bool(error.reason == member["miss_reason"])
     # What is referred to must be found where it stands now, too.
     return member["uri"] is None or reference_to(corpus.storage, value) == (member["uri"], member["offset"])
 

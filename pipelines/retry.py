@@ -42,7 +42,9 @@ from pipelines.shard_writer import (
     ShardTask,
     ShardWriter,
     TarWriter,
+    kept_column,
     read_plan,
+    tried_values,
     with_entries,
     write_plan,
 )
@@ -142,13 +144,16 @@ class ShardRetrier(ShardWriter):
         return self._as_it_is()._replace(computed=tried)
 
     def _fetch_one(self, sample: Sample) -> dict[str, tuple[Value | Missing | None, Fetch]]:
-        """The sample's rejected values; none where it is another sample than the stored one, or has no such value any more."""
+        """The sample's rejected values; none where it is another sample than the stored one, or has no such value any more.
+
+        A stream that can be read now may turn out to have nothing in a window: that is Missing, and comes in as such.
+        """
         fields = self._shard.rejected[sample.id]
         row = self._shard.rows.slice(self._shard.places[sample.id], 1)
         if sample.etag != row["etag"][0].as_py() and not same(self._stored, row, sample, fields):
             return {}
         values = {field: sample.values.get(field) for field in fields}
-        if any(value is None or isinstance(value, Missing) for value in values.values()):
+        if any(value is None for value in values.values()):
             return {}
         return {field: (value, self._checked(field, value)) for field, value in values.items()}
 
@@ -169,13 +174,15 @@ class ShardRetrier(ShardWriter):
         quarantine = place_rejected(self.storage, rejected, f"quarantine/shard/{self.corpus['name']}/{key}")
         example = f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else ""
         footer = stored.footer | {
+            "tried": tried_values(rows.select(list(self._stored.fields)).to_pylist()),
             "media": media,
             "quarantine": quarantine,
             "rejected": len(rejected),
             "example": example,
         }
         placed = artefact.place_table(self.storage, rows, self._stem, footer)
-        return self._result(key, placed, footer, stored.rows_entry.lineage)._replace(computed=tried)
+        lineage = json.dumps({**stored.rows_entry.info(), "tried": footer["tried"]}, sort_keys=True)
+        return self._result(key, placed, footer, lineage)._replace(computed=tried)
 
     @property
     def _stem(self) -> str:
@@ -187,6 +194,7 @@ class ShardRetrier(ShardWriter):
         """The shard's rows with what came in, what is still rejected, and how many values were tried; fills the tar."""
         table, fields, tried = self._shard.rows, list(self._stored.fields), 0
         columns: dict[str, list[Any]] = {name: table[name].to_pylist() for name in ("id", "etag", *fields)}
+        measured: dict[str, list[Any]] = {}
         still = {(row["id"], row["field"]): row for row in _read(self.storage, self._shard.quarantine)}
         new = next(fetched, None)
         for row, sample_id in enumerate(columns["id"]):
@@ -204,6 +212,10 @@ class ShardRetrier(ShardWriter):
                 del still[sample_id, field]
                 if isinstance(outcome, DecodeError):
                     still[sample_id, field] = rejection(sample_id, field, "shard", outcome, member["source"])
+                for name in sample.about.get(field, ()):
+                    measured.setdefault(name, table[name].to_pylist())[row] = sample.columns[name]
+        for name, told in measured.items():
+            table = table.set_column(table.schema.get_field_index(name), name, kept_column(told))
         for name in ("etag", *fields):
             column = pa.array(columns[name], pa.string() if name == "etag" else MEMBER)
             table = table.set_column(table.schema.get_field_index(name), name, column)

@@ -169,9 +169,7 @@ class ShardWriter:
             "settings": self._settings(),
             "media": media,
             "quarantine": quarantine,
-            "tried": sum(
-                member["present"] or member["miss_reason"] not in MISSES for row in members for member in row.values()
-            ),
+            "tried": tried_values(members),
             "rejected": len(rejected),
             "example": f"{rejected[0]['field']} of {rejected[0]['id']!r}: {rejected[0]['detail']}" if rejected else "",
             "events": _events(table),
@@ -283,6 +281,11 @@ def with_entries(made: Result, entries: str) -> Result:
     return made._replace(entries=json.dumps([*json.loads(made.entries), *json.loads(entries)]))
 
 
+def tried_values(members: list[dict[str, dict[str, Any]]]) -> int:
+    """How many values of a shard there were to fetch."""
+    return sum(member["present"] or member["miss_reason"] not in MISSES for row in members for member in row.values())
+
+
 def _extension(modality: str, raw: bytes) -> str:
     return "txt" if modality == "text" else media.sniff_extension(raw)
 
@@ -296,13 +299,13 @@ def _rows_table(samples: list[Sample], members: list[dict[str, dict[str, Any]]],
     names = sorted({name for sample in samples for name in sample.columns})
     for name in names:
         values = [sample.columns.get(name) for sample in samples]
-        columns[name] = pa.array(values, pa.timestamp("ns", "UTC")) if name in TIMESTAMPS else _kept_column(values)
+        columns[name] = pa.array(values, pa.timestamp("ns", "UTC")) if name in TIMESTAMPS else kept_column(values)
     for field in fields:
         columns[field] = pa.array([row[field] for row in members], MEMBER)
     return pa.table(columns)
 
 
-def _kept_column(values: list[Any]) -> pa.Array:
+def kept_column(values: list[Any]) -> pa.Array:
     """A column of the source: of numbers, truths or texts as it is; of anything mixed or nested as JSON texts."""
     kinds = {type(value) for value in values if value is not None}
     if not kinds or kinds == {str}:

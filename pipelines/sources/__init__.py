@@ -7,7 +7,8 @@ files.py has values that are files, or parts of them, on a disk, in an object st
 """
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
@@ -61,13 +62,17 @@ class Missing(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A sample as the source gives it: kept columns, and a value, Missing, or None (absent) for each field."""
+    """A sample as the source gives it: kept columns, and a value, Missing, or None (absent) for each field.
+
+    `about` has, for a field, the columns that are measured of its value, and change with it: of a stream its residual.
+    """
 
     id: str
     group: str
     etag: str
     columns: dict[str, Any]
     values: dict[str, Value | Missing | None]
+    about: Mapping[str, Collection[str]] = MappingProxyType({})
 
 
 class Source(Protocol):
@@ -127,6 +132,15 @@ class Measuring(Protocol):
 
     def measure(self, reference: SampleRef) -> None:
         """Measures one of these, unless that is done. May be called from several threads."""
+        ...
+
+
+@runtime_checkable
+class Doubting(Protocol):
+    """A source that may be unable to read now what tells how many samples there are, or what is in them."""
+
+    def in_doubt(self, sample_id: str) -> bool:
+        """Whether a sample is of such a part, as far as `references()` has come: it is not known to have changed or gone."""
         ...
 
 

@@ -44,13 +44,17 @@ class FileValue(NamedTuple):
         return _told(lambda: files.whole(self.uri), self.source)
 
     def open(self) -> io.BufferedReader:
-        """The file, to be read in pieces; DecodeError `unreadable`."""
-        return _told(lambda: files.tried(self._open, self.uri), self.source)
+        """The file, to be read in pieces; DecodeError `unreadable`, from its reads and seeks as well."""
+        file = _told(lambda: files.tried(self._open, self.uri), self.source)
+        return io.BufferedReader(_Steady(file, self.uri, self._unreadable))
 
-    def _open(self) -> io.BufferedReader:
+    def _open(self) -> Any:
         fs, path = filesystem(self.uri)
         files.check_file(fs.info(path))
-        return io.BufferedReader(fs.open(path, "rb"))
+        return fs.open(path, "rb")
+
+    def _unreadable(self, error: Exception, at: int) -> Exception:
+        return DecodeError("unreadable", f"{self.source}: {files.reason(error)}")
 
 
 class Part(NamedTuple):
@@ -128,27 +132,40 @@ def opened(uri: str, what: str) -> io.BufferedReader:
         file = files.tried(lambda: fs.open(path, "rb"), uri)
     except Exception as error:
         raise InputError(f"{what} {uri} cannot be read: {files.reason(error)}; correct corpus.source.path") from error
+
+    def unreadable(error: Exception, at: int) -> Exception:
+        return InputError(
+            f"{what} {uri} cannot be read on from byte {at}: {files.reason(error)}; run it again, or copy it to a disk or an "
+            "object store"
+        )
+
     # Buffered, because an object store's files have no `readline` with a limit.
-    return io.BufferedReader(_Steady(file, uri, f"{what} {uri}"))
-
-
-_AGAIN = "run it again, or copy it to a disk or an object store"
+    return io.BufferedReader(_Steady(file, uri, unreadable))
 
 
 class _Steady(io.RawIOBase):
-    """A file of the source's own that is tried again, and told, where it fails while it is read."""
+    """A file that is tried again where it fails while it is read, and given up for good where that does not help.
 
-    def __init__(self, file: Any, uri: str, name: str) -> None:
-        self._file, self._uri, self._name = file, uri, name
+    Args:
+        file: as its client opened it.
+        uri: its address.
+        unreadable: (what the client raised, from which byte on) -> what is raised.
+    """
+
+    def __init__(self, file: Any, uri: str, unreadable: Callable[[Exception, int], Exception]) -> None:
+        self._file, self._uri, self._unreadable = file, uri, unreadable
+        self._failed: Exception | None = None
 
     def readinto(self, buffer: Any) -> int:
+        # Who reads media asks again after an error, and would wait for each time.
+        if self._failed is not None:
+            raise self._failed
+        at = self.tell()
         try:
-            at = self._file.tell()
             content = files.tried(lambda: self._read(at, len(buffer)), self._uri)
         except Exception as error:
-            raise InputError(
-                f"{self._name} cannot be read on from byte {at}: {files.reason(error)}; {_AGAIN}"
-            ) from error
+            self._failed = self._unreadable(error, at)
+            raise self._failed from error
         buffer[: len(content)] = content
         return len(content)
 
@@ -167,7 +184,7 @@ class _Steady(io.RawIOBase):
         try:
             return int(self._file.seek(offset, whence))
         except ValueError as error:
-            raise InputError(f"{self._name} cannot be read from byte {offset} on: {error}; {_AGAIN}") from error
+            raise self._unreadable(error, offset) from error
 
     def tell(self) -> int:
         return int(self._file.tell())

@@ -13,7 +13,9 @@ tells the recording's start. Kept beside the manifest's columns are
   well be off by whole seconds. Which it is, a `clock.offset` tells that is given beside `estimate`, right to half a second.
 
 How many windows a recording has is known from the headers of its files (the cues, the times of a sensor, and the packets of a
-file whose header does not say how long it is, are read for it) and never from a measured clock: planning decodes nothing.
+file whose header is not trusted to say how long it is, are read for it: `container.header`) and never from a measured clock:
+planning decodes nothing. Where one of these files cannot be read now, how a recording is cut is not known either: what is
+stored of it stays as it is until it can, and is told in `remarks`.
 """
 
 import itertools
@@ -23,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from featurestore.errors import InputError
+from featurestore.errors import DecodeError, InputError
 from featurestore.identity import check_id, digest_of
 from featurestore.row_order import BY_ID
 from featurestore.storage import Storage
@@ -36,6 +38,9 @@ from pipelines.synchronize.recording import Recording, Window
 
 BATCH = 256
 """Recordings that are read from the manifest at once."""
+
+_TOLD_DOUBTS = 3
+"""So many recordings that cannot be read now are told one by one."""
 
 _AHEAD = 16
 """So many recordings are opened ahead of the one whose windows are asked for."""
@@ -59,6 +64,14 @@ def filled(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 DEFAULT_POLICY = {"image": "nearest", "audio": "window", "text": "overlap", "sensor": "window"}
+
+
+class _Cut(NamedTuple):
+    """A reference to a recording as those to its windows are, but for their ids; how many there are; what cannot be read."""
+
+    recording: SampleRef
+    windows: int
+    unread: DecodeError | None
 
 
 class _Pass(NamedTuple):
@@ -88,39 +101,57 @@ class Streams:
         self._covering = [
             name for name, field in self._fields.items() if field["modality"] == "audio" or field["policy"] == "overlap"
         ]
+        self._about = {name: self._columns_about(name) for name in self._fields}
         store = corpus["source"].get("store")
         self._clocks = ClockStore(Storage.from_json(store), corpus["name"]) if store else None
         self._thread = threading.local()
+        self._doubts: dict[str, DecodeError] = {}
         self._recordings = sources.open_source(
             {**corpus, "source": {**corpus["source"], "type": "manifest"}, "fields": files}
         )
 
     def remarks(self) -> list[str]:
-        """What the manifest of the recordings has to say."""
-        return self._recordings.remarks()
+        """What the manifest of the recordings has to say, and which of them cannot be read now."""
+        doubts = [
+            f"recording {name!r} cannot be read as a whole now ({error}): what is stored of it stays as it is"
+            for name, error in itertools.islice(self._doubts.items(), _TOLD_DOUBTS)
+        ]
+        if len(self._doubts) > _TOLD_DOUBTS:
+            doubts.append(f"nor can {len(self._doubts) - _TOLD_DOUBTS} more recordings")
+        return [*self._recordings.remarks(), *doubts]
 
     def whole(self) -> bool:
         """Whether all of that manifest was there."""
         return self._recordings.whole()
 
+    def in_doubt(self, sample_id: str) -> bool:
+        """Whether a window's recording cannot be read as a whole now."""
+        return sample_id.rpartition("/")[0] in self._doubts
+
     def references(self) -> Iterator[SampleRef]:
         """Every window; InputError names a recording of too many windows, or whose columns stand for ours."""
-        waiting: deque[Future[tuple[SampleRef, int]]] = deque()
+        self._doubts = {}
+        waiting: deque[Future[_Cut]] = deque()
         with ThreadPoolExecutor(_AHEAD) as pool:
             for reference, sample in self._rows():
                 waiting.append(pool.submit(self._cut, reference, sample))
                 if len(waiting) >= _AHEAD:
-                    yield from _windows(*waiting.popleft().result())
+                    yield from self._numbered(waiting.popleft().result())
             while waiting:
-                yield from _windows(*waiting.popleft().result())
+                yield from self._numbered(waiting.popleft().result())
+
+    def _numbered(self, cut: "_Cut") -> Iterator[SampleRef]:
+        if cut.unread is not None:
+            self._doubts[cut.recording.id] = cut.unread
+        for number in range(cut.windows):
+            yield cut.recording._replace(id=_id(cut.recording.id, number))
 
     def _rows(self) -> Iterator[tuple[SampleRef, Sample]]:
         found = self._recordings.references()
         while batch := list(itertools.islice(found, BATCH)):
             yield from zip(batch, self._recordings.samples(batch), strict=True)
 
-    def _cut(self, reference: SampleRef, sample: Sample) -> tuple[SampleRef, int]:
-        """A reference to a recording as those to its windows are, but for their ids; and how many there are."""
+    def _cut(self, reference: SampleRef, sample: Sample) -> "_Cut":
         if clash := sorted((sample.columns.keys() | self._fields.keys()) & self._own_columns()):
             raise InputError(
                 f"{self._recordings.place(reference)}: a column or field {clash[0]!r} would stand for a window's own column; "
@@ -130,7 +161,7 @@ class Streams:
         etag, size = digest_of(reference.etag, self._windows), recording.bytes_per_window()
         check_id(_id(sample.id, 0), self._recordings.place(reference))
         count = sum(len(chunk.begin_ns) for chunk in recording.windows())
-        return reference._replace(etag=etag, bytes=size), count
+        return _Cut(reference._replace(etag=etag, bytes=size), count, recording.unread)
 
     def _recording(self, sample: Sample) -> Recording:
         files = {name: value if isinstance(value, FileValue) else None for name, value in sample.values.items()}
@@ -141,10 +172,13 @@ class Streams:
         return self._recordings.columns() | self._own_columns()
 
     def _own_columns(self) -> set[str]:
-        residuals = {f"{name}_residual_ns" for name in self._fields}
-        covered = {f"{name}_covered_ns" for name in self._covering}
-        told = {f"{name}_{each}" for name in self._measured for each in _TOLD}
-        return {"begin_ns", "end_ns"} | residuals | covered | told
+        return {"begin_ns", "end_ns"}.union(*self._about.values())
+
+    def _columns_about(self, name: str) -> list[str]:
+        """Those that tell of a field's value, and are null while it has none."""
+        covered = [f"{name}_covered_ns"] if name in self._covering else []
+        told = [f"{name}_{each}" for each in _TOLD] if name in self._measured else []
+        return [f"{name}_residual_ns", *covered, *told]
 
     def unmatched(self) -> dict[str, str]:
         """Field -> its `from`, of the fields that no recording has a column of."""
@@ -172,7 +206,8 @@ class Streams:
             recording.estimates |= self._clocks.get(self._clock_key(recording_ref)) or {}
         for window in recording.read(numbers):
             columns = self._columns_of(sample, recording, window)
-            yield Sample(_id(sample.id, window.number), sample.group, first.etag, columns, window.values)
+            window_id = _id(sample.id, window.number)
+            yield Sample(window_id, sample.group, first.etag, columns, window.values, self._about)
 
     def _one(self, reference: SampleRef) -> Sample:
         """One window. Who asks for one after the other, to compare them with what is stored, goes on in the same pass."""
@@ -229,11 +264,6 @@ def _told(found: object) -> dict[str, Any]:
     clock = found.clock
     values = (clock.offset_ns, clock.drift_ppm, found.offset_error_ns, found.certainty, found.ambiguous_ns)
     return dict(zip(_TOLD, values, strict=True))
-
-
-def _windows(recording: SampleRef, count: int) -> Iterator[SampleRef]:
-    for number in range(count):
-        yield recording._replace(id=_id(recording.id, number))
 
 
 def _id(recording: str, number: int) -> str:

@@ -24,6 +24,11 @@ __all__ = ["Clip", "Clips", "events", "loudness"]
 
 MAX_FLAC_CHANNELS = 8
 
+_ALONE = ("pcm_", "flac")
+"""Codecs of which each packet can be decoded without another, as FFmpeg's names begin."""
+
+_NO_SAMPLES = np.empty((0, 1), np.int16)
+
 
 def events(file: FileValue) -> Iterator[Events]:
     """The packets as intervals, in chunks; `index` counts them. Decodes nothing.
@@ -79,10 +84,10 @@ class _Piece(NamedTuple):
 
 
 class Clips:
-    """Clips of a sound, read in one pass: the windows' begins must ascend."""
+    """Clips of a sound, read in one pass: the windows' begins must ascend, from `begin_ns` on where that is given."""
 
-    def __init__(self, file: FileValue) -> None:
-        self._file, self._pieces = file, _pieces(file)
+    def __init__(self, file: FileValue, begin_ns: int | None = None) -> None:
+        self._file, self._pieces = file, _pieces(file, begin_ns)
         self._held: deque[_Piece] = deque()
         self._rate, self._shape = 0, (0, 0)
         self._ended = self._started = False
@@ -132,7 +137,8 @@ class Clips:
     def _cut(self, piece: _Piece, begin_ns: int, end_ns: int) -> _Piece:
         assert piece.samples is not None
         first, beyond = (
-            min(max(-(-(time - piece.begin_ns) * self._rate // 10**9), 0), len(piece.samples))
+            # A sample that is as near as times are rounded is in.
+            min(max(-(-(2 * (time - piece.begin_ns) - 1) * self._rate // (2 * 10**9)), 0), len(piece.samples))
             for time in (begin_ns, end_ns)
         )
         start = piece.begin_ns + nanoseconds(first, Fraction(1, self._rate))
@@ -155,11 +161,23 @@ class Clips:
         return Clip(np.concatenate(joined), self._rate, self._file.source)
 
 
-def _pieces(file: FileValue) -> Iterator[tuple[int, _Piece]]:
-    """(rate, piece) of every decoded frame, and of every packet that cannot be decoded."""
+def _pieces(file: FileValue, begin_ns: int | None = None) -> Iterator[tuple[int, _Piece]]:
+    """(rate, piece) of every decoded frame, and of every packet that cannot be decoded; without samples before `begin_ns`.
+
+    Nothing is sought for: the last bits of a lossy codec depend on all that was decoded before, and where a container rounds
+    its times, a sample's place is counted from the beginning. Packets that stand alone, at exact times, are passed over.
+    """
     with opened(file, "audio") as (container, stream):
         rate, end = stream.rate, None
+        # Counted from there: the sum of what frames last would be off by half a nanosecond more with each.
+        origin_ns, count = 0, 0
+        alone = stream.codec_context.name.startswith(_ALONE) and stream.time_base == Fraction(1, rate or 1)
         for packet in container.demux(stream):
+            if begin_ns is not None and alone and packet.pts is not None and packet.duration:
+                begin, over = (nanoseconds(at, stream.time_base) for at in (packet.pts, packet.pts + packet.duration))
+                if over <= begin_ns:
+                    yield rate, _Piece(begin, over, _NO_SAMPLES)
+                    continue
             try:
                 frames = packet.decode()
             except Exception:
@@ -167,6 +185,7 @@ def _pieces(file: FileValue) -> Iterator[tuple[int, _Piece]]:
                 if packet.pts is not None:
                     begin = nanoseconds(packet.pts, packet.time_base)
                     end = nanoseconds(packet.pts + (packet.duration or 1), packet.time_base)
+                    origin_ns, count = end, 0
                     yield rate, _Piece(begin, end, None)
                 continue
             for frame in frames:
@@ -175,9 +194,14 @@ def _pieces(file: FileValue) -> Iterator[tuple[int, _Piece]]:
                 if frame.sample_rate != rate:
                     raise DecodeError("decode_error", f"{file.source}: its sample rate changes")
                 begin, tick = nanoseconds(frame.pts, frame.time_base), nanoseconds(1, frame.time_base)
-                begin = end if end is not None and abs(begin - end) <= tick else begin
-                end = begin + nanoseconds(frame.samples, Fraction(1, rate))
-                yield rate, _Piece(begin, end, _samples(frame))
+                if frame.time_base != Fraction(1, rate) and end is not None and abs(begin - end) <= tick:
+                    begin = end
+                else:
+                    origin_ns, count = begin, 0
+                count += frame.samples
+                end = origin_ns + nanoseconds(count, Fraction(1, rate))
+                is_before = begin_ns is not None and end <= begin_ns
+                yield rate, _Piece(begin, end, _NO_SAMPLES if is_before else _samples(frame))
 
 
 def _samples(frame: Any) -> NDArray[Any]:

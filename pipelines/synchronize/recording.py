@@ -103,6 +103,8 @@ class Recording:
         self._envelopes: dict[str, Envelope | DecodeError | Weak] = {}
         self.estimates: dict[str, Measured] = {}
         """Field -> its measured clock, or why there is none. What `read` does not find here it measures."""
+        self.unread: DecodeError | None = None
+        """What keeps a file from being read now, of those that tell of the windows, as far as was looked."""
 
     def windows(self) -> Iterator[WindowChunk]:
         """All windows, on the recording's clock; one at least.
@@ -167,19 +169,28 @@ class Recording:
             return None
         try:
             return container.header(file, kind)
-        except (DecodeError, NoStream):
+        except NoStream:
             return None
+        except DecodeError as error:
+            self._note(error)
+            return None
+
+    def _note(self, error: DecodeError | None) -> None:
+        if self.unread is None and error is not None and error.reason == "unreadable":
+            self.unread = error
 
     def _whole(self, name: str) -> Iterator[Events]:
         """A stream's events on the recording's clock, as far as they can be read."""
-        return iter(_Stream(self._events(name), self._clock(name)))
+        stream = _Stream(self._events(name), self._clock(name))
+        yield from stream
+        self._note(stream.error)
 
     def _clock(self, name: str) -> Clock:
         given = self._fields[name]["clock"]
         return Clock(given["offset"], given["drift"])
 
     def bytes_per_window(self) -> int:
-        """About how many bytes the values of a window have, decoded: from the headers of its files."""
+        """About how many bytes the values of a window have as they are stored: from the headers of its files."""
         length_s = (self._windows["length"] or 10**9) / 1e9
         size = 0
         for name, field in self._fields.items():
@@ -238,10 +249,15 @@ class Recording:
             return (_Given(value) for _ in windows)
         if field["modality"] == "audio":
             return _sounds(file, field, clock, chunks)
+        if field["modality"] == "image":
+            begin = _begin(file, clock, chunks)
+            return _matched(file, field, clock, chunks, video.events(file, begin), _frames(file, begin))
+        if field["modality"] == "text":
+            return _matched(file, field, clock, chunks, self._events(name), _texts(file, field, clock))
         events = self._events(name)
-        if field["modality"] == "sensor" and field["policy"] == "overlap":
+        if field["policy"] == "overlap":
             events = sensor.held(events, field["staleness"])
-        return _matched(file, field, clock, chunks, events)
+        return _matched(file, field, clock, chunks, events, _arrays(file, field, clock))
 
     def measure(self) -> None:
         """Measures every clock that is to be: decodes those streams, and the ones they are measured against, whole."""
@@ -260,6 +276,9 @@ class Recording:
         own, other = (self._envelope(each) for each in (name, reference))
         if isinstance(own, DecodeError | Weak):
             return own
+        if isinstance(other, DecodeError) and other.reason == "unreadable":
+            # That may be mended, so this is no recording without a clock.
+            return other
         if isinstance(other, DecodeError | Weak):
             return Weak(f"of {reference}: {other}")
         given = self._clock(name)
@@ -345,8 +364,23 @@ class _Stream:
             self.has_stream = False
 
 
+def _begin(file: FileValue, clock: Clock, chunks: list[WindowChunk]) -> video.Start | None:
+    """Where to begin with a video for some windows: no policy of frames asks for more than the last before the first."""
+    try:
+        # A nanosecond that a clock rounds, and one that its inverse does.
+        return video.start(file, int(clock.to_stream(chunks[0].begin_ns[:1])[0]) - 2) if chunks else None
+    except (DecodeError, NoStream):
+        # Told where the stream is read.
+        return None
+
+
 def _matched(
-    file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: list[WindowChunk], events: Iterator[Events]
+    file: FileValue,
+    field: Mapping[str, Any],
+    clock: Clock,
+    chunks: list[WindowChunk],
+    events: Iterator[Events],
+    value: "_Values",
 ) -> Iterator[_Given]:
     """What a stream of events has in each window."""
     stream = _Stream(events, clock)
@@ -354,7 +388,6 @@ def _matched(
     # Readings that hold are over by then.
     staleness = None if field["modality"] == "sensor" and policy == "overlap" else field["staleness"]
     merged = align(iter(chunks), iter(stream), policy, field["tolerance"], staleness)
-    value = _VALUES[field["modality"]](file, field, clock)
     for chunk in chunks:
         matches = None
         try:
@@ -399,8 +432,8 @@ _Values = Callable[[_Match], Value]
 """A value, or DecodeError."""
 
 
-def _frames(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
-    frames = video.Frames(file)
+def _frames(file: FileValue, begin: video.Start | None) -> _Values:
+    frames = video.Frames(file, begin)
 
     def value(match: _Match) -> Value:
         found = frames.get(match.first)
@@ -430,7 +463,7 @@ def _texts(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
 
 
 def _arrays(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
-    rows = sensor.Rows(file, _layout(field))
+    rows = sensor.Rows(file, _layout(field), timed=field["policy"] == "overlap")
 
     def value(match: _Match) -> Value:
         times, found = rows.get(match.first, match.last)
@@ -455,16 +488,9 @@ def _mean(match: _Match, start: Int64s, until: Int64s, readings: NDArray[np.floa
     return (weights[counted] / match.overlap_ns @ readings[counted])[None]
 
 
-_VALUES: dict[str, Callable[[FileValue, Mapping[str, Any], Clock], _Values]] = {
-    "image": _frames,
-    "text": _texts,
-    "sensor": _arrays,
-}
-
-
 def _sounds(file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: list[WindowChunk]) -> Iterator[_Given]:
     """The clip of each window."""
-    clips = audio.Clips(file)
+    clips = audio.Clips(file, int(clock.to_stream(chunks[0].begin_ns[:1])[0]) if chunks else None)
     for chunk in chunks:
         starts, ends = (clock.to_stream(times).tolist() for times in (chunk.begin_ns, chunk.end_ns))
         bounds = zip(chunk.begin_ns.tolist(), chunk.end_ns.tolist(), starts, ends, strict=True)

@@ -9,6 +9,7 @@ import decimal
 import io
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ UNITS = {"ns": 0, "us": 3, "ms": 6, "s": 9}
 
 BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 1 << 16
+
+_NO_ROW = 1 << 62
 
 
 class Layout(NamedTuple):
@@ -52,55 +55,91 @@ def readings(file: FileValue, layout: Layout) -> Iterator[Readings]:
     Raises:
         DecodeError: `unreadable`; `decode_error` where a column is missing, or a cell is no number; `unsorted_times`.
     """
-    with file.open() as opened:
-        number, last = 0, -TIME_LIMIT_NS
-        try:
-            for table in _tables(opened, file.source, layout):
-                times = _times(table, layout, file.source, number)
-                before = np.concatenate([[last], times[:-1]])[: len(times)]
-                good = len(times) if (times >= before).all() else int(np.argmax(times < before))
-                values = np.stack([_floats(table[name]) for name in table.column_names if name != layout.time], axis=1)
-                yield Readings(times[:good], values[:good])
-                if good < len(times):
-                    raise DecodeError(
-                        "unsorted_times",
-                        f"{file.source}, row {number + good + 1}: {times[good]} ns after {before[good]} ns; sort the file "
-                        f"by {layout.time!r}",
-                    )
-                number, last = number + len(times), int(times[-1]) if len(times) else last
-        except pa.ArrowException as error:
-            raise DecodeError("decode_error", f"{file.source}: {str(error).splitlines()[0][:300]}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DecodeError("unreadable", f"{file.source}: {type(error).__name__}") from error
+    return _readings(file, layout, with_values=True)
 
 
-def _tables(opened: io.BufferedIOBase, source: str, layout: Layout) -> Iterator[pa.Table]:
+def _readings(file: FileValue, layout: Layout, with_values: bool) -> Iterator[Readings]:
+    number, last = 0, -TIME_LIMIT_NS
+    for _, _, table in _blocks(file, layout, [layout.time], with_values):
+        if isinstance(table, DecodeError):
+            raise table
+        with _told(file.source):
+            times = _times(table, layout, file.source, number)
+            values = _values(table, layout) if with_values else np.empty((len(times), 0))
+        before = np.concatenate([[last], times[:-1]])[: len(times)]
+        good = len(times) if (times >= before).all() else int(np.argmax(times < before))
+        yield Readings(times[:good], values[:good])
+        if good < len(times):
+            raise DecodeError(
+                "unsorted_times",
+                f"{file.source}, row {number + good + 1}: {times[good]} ns after {before[good]} ns; sort the file "
+                f"by {layout.time!r}",
+            )
+        number, last = number + len(times), int(times[-1]) if len(times) else last
+
+
+@contextmanager
+def _told(source: str) -> Iterator[None]:
+    """Makes DecodeErrors of what Arrow raises; what a file does is one already."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DecodeError("decode_error", f"{source}: {(str(error).splitlines() or [''])[0][:300]}") from None
+
+
+_Block = tuple[int, int, pa.Table | DecodeError]
+"""The number of its first row, that of the row after its last, and the rows, or why these cannot be read."""
+
+
+def _blocks(file: FileValue, layout: Layout, always: list[str], with_values: bool, first: int = 0) -> Iterator[_Block]:
+    """The columns `always`, and the channels; of a Parquet file from the row group on that holds row `first`.
+
+    A row group that cannot be read costs its own rows, from the bad block on; a CSV file all that follow.
+    """
+    with file.open() as opened, _told(file.source):
+        for number, beyond, tables in _tables(opened, file.source, layout, always, with_values, first):
+            try:
+                with _told(file.source):
+                    for table in tables:
+                        yield number, number + len(table), table
+                        number += len(table)
+            except DecodeError as error:
+                yield number, beyond, error
+
+
+def _tables(
+    opened: io.BufferedIOBase, source: str, layout: Layout, always: list[str], with_values: bool, first: int
+) -> Iterator[tuple[int, int, Iterator[pa.Table]]]:
+    """(number of the first row, one that none of its rows reaches, blocks) of each part of a file."""
     if opened.read(4) == b"PAR1":
         opened.seek(0)
-        parquet = pq.ParquetFile(opened)
-        wanted = _columns(parquet.schema_arrow.names, layout, source)
-        for batch in parquet.iter_batches(BLOCK_ROWS, columns=wanted, use_threads=False):
-            yield pa.Table.from_batches([batch]).select(wanted)
+        parquet, number = pq.ParquetFile(opened), 0
+        wanted = always + _columns(parquet.schema_arrow.names, layout, source)[: None if with_values else 0]
+        for group in range(parquet.num_row_groups):
+            beyond = number + parquet.metadata.row_group(group).num_rows
+            if beyond > first:
+                found = parquet.iter_batches(BLOCK_ROWS, row_groups=[group], columns=wanted, use_threads=False)
+                yield number, beyond, (pa.Table.from_batches([batch]).select(wanted) for batch in found)
+            number = beyond
         return
     opened.seek(0)
     head = opened.readline(BLOCK_BYTES).decode("utf-8-sig", "replace")
     opened.seek(0)
     parse = pyarrow.csv.ParseOptions(delimiter=max(",;\t", key=head.count), newlines_in_values=False)
     names = pyarrow.csv.read_csv(pa.BufferReader(head.encode()), parse_options=parse).column_names
-    wanted = _columns(names, layout, source)
+    wanted = always + _columns(names, layout, source)[: None if with_values else 0]
     types = {name: pa.string() if name == layout.time else pa.float64() for name in wanted}
-    yield from (
-        pa.Table.from_batches([batch])
-        for batch in pyarrow.csv.open_csv(
-            opened,
-            pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
-            parse,
-            pyarrow.csv.ConvertOptions(column_types=types, include_columns=wanted, strings_can_be_null=True),
-        )
+    batches = pyarrow.csv.open_csv(
+        opened,
+        pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
+        parse,
+        pyarrow.csv.ConvertOptions(column_types=types, include_columns=wanted, strings_can_be_null=True),
     )
+    yield 0, _NO_ROW, (pa.Table.from_batches([batch]) for batch in batches)
 
 
 def _columns(names: Sequence[str], layout: Layout, source: str) -> list[str]:
+    """The channels of a file with these columns."""
     channels = list(layout.channels) or [name for name in names if name != layout.time]
     for name in [layout.time, *channels]:
         if list(names).count(name) != 1:
@@ -110,7 +149,11 @@ def _columns(names: Sequence[str], layout: Layout, source: str) -> list[str]:
             )
     if not channels:
         raise DecodeError("decode_error", f"{source}: no column beside {layout.time!r}")
-    return [layout.time, *channels]
+    return channels
+
+
+def _values(table: pa.Table, layout: Layout) -> NDArray[np.float64]:
+    return np.stack([_floats(table[name]) for name in table.column_names if name != layout.time], axis=1)
 
 
 def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
@@ -167,9 +210,9 @@ def _of_texts(column: pa.Array, power: int, source: str, number: int) -> NDArray
 
 
 def events(file: FileValue, layout: Layout) -> Iterator[Events]:
-    """The rows as moments, in chunks; `index` counts them. Raises as `readings`."""
+    """The rows as moments, in chunks; `index` counts them. Reads no channel, and raises as `readings` of the others."""
     number = 0
-    for block in readings(file, layout):
+    for block in _readings(file, layout, with_values=False):
         yield Events(block.time_ns, block.time_ns, np.arange(number, number + len(block.time_ns), dtype=np.int64))
         number += len(block.time_ns)
 
@@ -222,28 +265,52 @@ class Array(NamedTuple):
 
 
 class Rows:
-    """Rows by their index, read in one pass: the first of each range must not go back."""
+    """Rows by their index, read in one pass: the first of each range must not go back. Times are read where they are asked for.
 
-    def __init__(self, file: FileValue, layout: Layout) -> None:
-        self._source, self._blocks = file.source, readings(file, layout)
-        self._held: deque[tuple[int, Readings]] = deque()
+    Of a Parquet file the row groups before the first range are passed over; a CSV's rows must be counted.
+    """
+
+    def __init__(self, file: FileValue, layout: Layout, timed: bool = False) -> None:
+        self._file, self._layout, self._timed = file, layout, timed
+        self._blocks: Iterator[_Block] | None = None
+        self._held: deque[tuple[int, int, Readings | DecodeError]] = deque()
         self._beyond = 0
 
     def get(self, first: int, last: int) -> Readings:
         """Rows `first` to `last`. Raises DecodeError as `readings`."""
-        while self._held and self._held[0][0] + len(self._held[0][1].values) <= first:
+        while self._held and self._held[0][1] <= first:
             self._held.popleft()
         while self._beyond <= last:
-            block = next(self._blocks)
-            if self._beyond + len(block.values) > first:
-                self._held.append((self._beyond, block))
-            self._beyond += len(block.values)
-        parts = [
-            [column[max(0, first - start) : last + 1 - start] for column in block]
-            for start, block in self._held
-            if start <= last
-        ]
+            self._read(first)
+        parts = []
+        for start, _, block in self._held:
+            if start <= last:
+                if isinstance(block, DecodeError):
+                    raise block
+                parts.append([column[max(0, first - start) : last + 1 - start] for column in block])
         return Readings(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def _read(self, first: int) -> None:
+        if self._blocks is None:
+            time = [self._layout.time] if self._timed else []
+            self._blocks = _blocks(self._file, self._layout, time, True, first)
+        fewer = DecodeError("decode_error", f"{self._file.source}: fewer rows than it had a moment ago")
+        try:
+            number, self._beyond, table = next(self._blocks, (self._beyond, _NO_ROW, fewer))
+        except DecodeError as error:
+            number, self._beyond, table = self._beyond, _NO_ROW, error
+        if self._beyond > first:
+            self._held.append((number, self._beyond, self._block(table, number)))
+
+    def _block(self, table: pa.Table | DecodeError, number: int) -> Readings | DecodeError:
+        if isinstance(table, DecodeError):
+            return table
+        try:
+            with _told(self._file.source):
+                times = _times(table, self._layout, self._file.source, number) if self._timed else np.empty(0, np.int64)
+                return Readings(times, _values(table, self._layout))
+        except DecodeError as error:
+            return error
 
 
 def magnitude(file: FileValue, layout: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:

@@ -1,15 +1,22 @@
 """Video: the frames of a file at their true presentation times, and as PNG.
 
 Times are those of the packets, so that a frame that cannot be decoded has one too. A frame is a moment, its presentation
-time, and not the time until the next.
+time, and not the time until the next. (An AVI has none, and FFmpeg makes them up in the order of decoding: of H.264 with
+B-frames in one, frames are told as not to be decoded that FFmpeg shows at a wrong time.)
+
+Who needs no frame before some time need not read from the beginning: `start` finds a key frame to begin at, and indices count
+from there.
 """
 
 import heapq
 import io
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any, NamedTuple
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,20 +27,97 @@ from pipelines.sources.files import FileValue
 from pipelines.synchronize import Events
 from pipelines.synchronize.container import CHUNK, nanoseconds, opened, told
 
-__all__ = ["Frame", "Frames", "brightness", "events"]
+__all__ = ["Frame", "Frames", "Start", "brightness", "events", "start"]
 
 MAX_REORDER = 64
 """Packets between a frame's place in the file and in time; H.264 and H.265 allow 16 frames."""
 
+_IDR = 5
+"""A NAL unit's type, ISO/IEC 14496-10, table 7-1."""
 
-def events(file: FileValue) -> Iterator[Events]:
+_SEEKS = 4
+"""So often a key frame is sought for, further back each time."""
+
+
+class Start(NamedTuple):
+    """Where to begin: `target` is sought for, and the key frame at `pts` comes first; ticks of the stream's time base."""
+
+    target: int
+    pts: int
+
+
+def start(file: FileValue, time_ns: int) -> Start | None:
+    """Where to begin for the frames from a time of the stream on, and the last before it; None: from the beginning.
+
+    That is so where a container has no list of its key frames, to be trusted and to be sought in: only MP4, QuickTime, Matroska
+    and WebM have. Raises as `events`.
+    """
+    with opened(file, "video") as (container, stream):
+        if not container.format.name.startswith(("mov,", "matroska")):
+            return None
+        last, is_whole = _key_frame(container, stream, _ticks(time_ns, stream.time_base))
+        return last if last is None or is_whole else _key_frame(container, stream, last.pts - 1)[0]
+
+
+def _ticks(time_ns: int, base: Fraction) -> int:
+    # A seek takes an int64.
+    return max(-(1 << 62), min(time_ns * base.denominator // (base.numerator * 10**9), 1 << 62))
+
+
+def _key_frame(container: Any, stream: Any, latest: int) -> tuple[Start | None, bool]:
+    """The last key frame that is not presented after a time, and whether it is whole by itself."""
+    target = latest
+    # What is sought for is a time of decoding, in some containers: frames are presented later.
+    for _ in range(_SEEKS):
+        try:
+            container.seek(target, stream=stream)
+            packet = next(container.demux(stream))
+        except av.error.FFmpegError:
+            # Before the first.
+            break
+        if packet.pts is None or not packet.is_keyframe:
+            break
+        if packet.pts <= latest:
+            return Start(target, packet.pts), _is_whole(packet, stream.codec_context)
+        target = min(target, packet.pts if packet.dts is None else packet.dts) - 1
+    return None, False
+
+
+def _is_whole(packet: Any, context: Any) -> bool:
+    """Whether a key frame is built on nothing before it.
+
+    Of H.264 an IDR picture is; another one may begin a refresh in stripes, which is over at the next key frame.
+    """
+    if context.name != "h264":
+        return True
+    head = context.extradata or b""
+    if len(head) < 5 or head[0] != 1:
+        # Not as MP4 and Matroska are to have it: units after their lengths, whose size this tells (ISO/IEC 14496-15).
+        return False
+    data, size, at = bytes(packet), (head[4] & 3) + 1, 0
+    while at + size < len(data):
+        if data[at + size] & 31 == _IDR:
+            return True
+        at += size + int.from_bytes(data[at : at + size])
+    return False
+
+
+@contextmanager
+def _opened(file: FileValue, begin: Start | None) -> Iterator[tuple[Any, Any]]:
+    with opened(file, "video") as (container, stream):
+        if begin is not None:
+            container.seek(begin.target, stream=stream)
+        yield container, stream
+
+
+def events(file: FileValue, begin: Start | None = None) -> Iterator[Events]:
     """The frames as moments, in chunks; `index` counts them in the order of their times. Decodes nothing.
 
     Raises:
         NoStream, DecodeError: as `container.opened`.
     """
-    with opened(file, "video") as (container, stream):
-        order, base, number = _Order(), stream.time_base, 0
+    with _opened(file, begin) as (container, stream):
+        order, base, number = _Order(begin), stream.time_base, 0
         chunk: list[int] = []
         for packet in container.demux(stream):
             chunk += order.push(packet) if packet.size else order.rest()
@@ -46,9 +130,9 @@ def events(file: FileValue) -> Iterator[Events]:
 class _Order:
     """Presentation times of packets, given in the order of decoding, put in their own order; each once."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin: Start | None) -> None:
         self._waiting: list[int] = []
-        self._last: int | None = None
+        self._last = None if begin is None else begin.pts - 1
 
     def push(self, packet: Any) -> list[int]:
         """Takes a packet; returns the times before which none can come any more."""
@@ -97,8 +181,8 @@ class Frame(NamedTuple):
 class Frames:
     """The frames of a video by their index, read in one pass: indices must ascend, or repeat."""
 
-    def __init__(self, file: FileValue) -> None:
-        self._file, self._found = file, _frames(file)
+    def __init__(self, file: FileValue, begin: Start | None = None) -> None:
+        self._file, self._found = file, _frames(file, begin)
         self._last: tuple[int, Any] = (-1, None)
         self._made: Frame | DecodeError | None = None
 
@@ -119,13 +203,13 @@ class Frames:
         return self._made
 
 
-def _frames(file: FileValue) -> Iterator[tuple[int, Any]]:
+def _frames(file: FileValue, begin: Start | None = None) -> Iterator[tuple[int, Any]]:
     """(index, frame, or None where it cannot be decoded) of every frame, as `events` counts them.
 
     A frame that is lost or damaged spoils those that are decoded after it, up to the next key frame: they may be built on it.
     """
-    with opened(file, "video") as (container, stream):
-        order, decoding, number = _Order(), _Decoding(), 0
+    with _opened(file, begin) as (container, stream):
+        order, decoding, number = _Order(begin), _Decoding(begin), 0
         waiting: deque[int] = deque()
         for packet in container.demux(stream):
             waiting.extend(order.push(packet) if packet.size else order.rest())
@@ -140,18 +224,23 @@ def _frames(file: FileValue) -> Iterator[tuple[int, Any]]:
 
 
 class _Decoding:
-    """Frames by their times, told good or not once all that was decoded before them is."""
+    """Frames by their times, told good or not once all that was decoded before them is.
 
-    def __init__(self) -> None:
+    A frame that is presented before the key frame that it is decoded after is built on earlier ones too, and none on it.
+    """
+
+    def __init__(self, begin: Start | None) -> None:
+        self._begin = begin
         self._packets: deque[tuple[int, bool, bool]] = deque()
         self._frames: dict[int, Any] = {}
         self._told: dict[int, Any] = {}
         self._read_to: int | None = None
-        self._ended = self._spoiled = False
+        self._key: int | None = None
+        self._ended = self._spoiled = self._spoiled_before = False
 
     def push(self, packet: Any) -> None:
         """Decodes a packet."""
-        if packet.pts is not None and not packet.is_discard:
+        if packet.pts is not None and not packet.is_discard and not self._is_before(packet.pts):
             self._packets.append((packet.pts, packet.is_keyframe, packet.is_corrupt))
         self._ended = not packet.size
         try:
@@ -160,7 +249,7 @@ class _Decoding:
             # FFmpeg's errors are of many classes, and all mean that no frame comes of it.
             return
         for frame in frames:
-            if frame.pts is not None:
+            if frame.pts is not None and not self._is_before(frame.pts):
                 self._frames[frame.pts] = frame
                 self._read_to = frame.pts
 
@@ -173,9 +262,17 @@ class _Decoding:
             self._packets.popleft()
             frame = self._frames.pop(time, None)
             lost = frame is None or frame.is_corrupt or is_corrupt
-            self._spoiled = lost or (self._spoiled and not is_key)
+            if self._key is not None and time < self._key:
+                self._told[time] = None if lost or self._spoiled_before else frame
+                continue
+            if is_key:
+                self._key, self._spoiled_before, self._spoiled = time, self._spoiled, False
+            self._spoiled = self._spoiled or lost
             self._told[time] = None if self._spoiled else frame
         return True, self._told.pop(pts, None)
+
+    def _is_before(self, pts: int) -> bool:
+        return self._begin is not None and pts < self._begin.pts
 
 
 def brightness(file: FileValue) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:

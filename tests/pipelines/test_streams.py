@@ -370,9 +370,9 @@ def test_a_stream_that_breaks_is_quarantined_and_the_others_live(
     assert all(sum(row[other]["present"] for row in stored) >= 4 for other in others)
     assert verify(storage, level="rows").ok
     for row in stored:
-        assert row[field]["present"] or row[field]["miss_reason"] in ("not_started", "stream_ended") or (
-            (row["id"], field) in rejected
-        )  # fmt: skip
+        assert row[field]["present"] or row[field]["miss_reason"] in (
+            "not_started", "stream_ended", "out_of_tolerance",
+        ) or (row["id"], field) in rejected  # fmt: skip
 
 
 def test_a_video_without_sound_has_none_and_one_that_is_cut_gives_what_is_there(tmp_path: Path) -> None:
