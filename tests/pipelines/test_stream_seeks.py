@@ -55,7 +55,7 @@ VIDEOS = [
     ("v.mp4", "mpeg4", {"bf": "2"}, -1.0),
     ("v.mp4", "libx264", {"bf": "3"}, 1.4),
     ("v.mkv", "libx264", {"bf": "3", "x264-params": "open-gop=1"}, 1.4),
-    ("v.mkv", "libx264", {"x264-params": "intra-refresh=1"}, 0),
+    ("v.mkv", "libx264", {"x264-params": "intra-refresh=1:scenecut=0:keyint=12:bframes=0"}, 0),
 ]
 MORE_VIDEOS = [
     ("v.mp4", "mpeg4", {}, 1.4),
