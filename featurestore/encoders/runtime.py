@@ -88,7 +88,7 @@ def to_host(made: "torch.Tensor") -> NDArray[np.float32]:
     if made.device.type == "cuda":
         there, made = made, torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
         made.copy_(there, non_blocking=True)
-        done = torch.cuda.Event(blocking=True)
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record()
         done.synchronize()
     vectors: NDArray[np.float32] = made.numpy()
@@ -123,7 +123,7 @@ def _streams(count: int) -> list[AbstractContextManager[Any]]:
 
     # They do not wait for the one that the weights came on.
     torch.cuda.synchronize()
-    return [torch.cuda.stream(torch.cuda.Stream()) for _ in range(count)]
+    return [torch.cuda.stream(torch.cuda.Stream()) for _ in range(count)]  # type: ignore[no-untyped-call]
 
 
 def lacks_memory(error: BaseException) -> bool:
