@@ -57,7 +57,7 @@ class _Steps(NamedTuple):
 
     size: tuple[int, ...]
     resample: int
-    crop: tuple[int, int] | None
+    crop: tuple[int, ...] | None
     table: NDArray[np.float32]
     """[C, 256]."""
 
@@ -65,14 +65,10 @@ class _Steps(NamedTuple):
         """float32 [C, H, W], or None where the image would have to be padded."""
         from PIL import Image
 
-        width, height = image.size
-        new = self.size
-        if len(new) == 1:
-            longer = int(new[0] * max(width, height) / min(width, height))
-            new = (new[0], longer) if height <= width else (longer, new[0])
-        image = image.resize(new[::-1], Image.Resampling(self.resample))
+        height, width = self._resized(*image.size)
+        image = image.resize((width, height), Image.Resampling(self.resample))
         if self.crop is not None:
-            top, left = (new[0] - self.crop[0]) // 2, (new[1] - self.crop[1]) // 2
+            top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
             if top < 0 or left < 0:
                 return None
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
@@ -82,22 +78,35 @@ class _Steps(NamedTuple):
             np.take(own, pixels_HWC[..., channel], out=made[channel], mode="clip")
         return made
 
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width that an image is resized to."""
+        if len(self.size) == 2:
+            return self.size[0], self.size[1]
+        (edge,) = self.size
+        longer = int(edge * max(width, height) / min(width, height))
+        return (edge, longer) if height <= width else (longer, edge)
+
 
 def _steps_of(processor: Any) -> _Steps | None:
     """What a processor says that it does; None where it says something else, or not enough."""
     from PIL import Image
 
-    size, crop = getattr(processor, "size", None), getattr(processor, "crop_size", None)
-    crops = getattr(processor, "do_center_crop", False) and crop is not None
-    to = (getattr(size, "height", None), getattr(size, "width", None))
-    to = to if all(to) else (getattr(size, "shortest_edge", None),)
-    if not getattr(processor, "do_resize", False) or not all(to) or (crops and not (crop.height and crop.width)):
+    size = getattr(processor, "size", None)
+    sides = _sides(size, "height", "width") or _sides(size, "shortest_edge")
+    crops = bool(getattr(processor, "do_center_crop", False))
+    crop = _sides(getattr(processor, "crop_size", None), "height", "width") if crops else None
+    if not getattr(processor, "do_resize", False) or sides is None or (crops and crop is None):
         return None
     every = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     table = _of_its_own(processor, every, do_resize=False, do_center_crop=False)
     if table.shape != (3, 16, 16):
         return None
-    return _Steps(to, int(processor.resample), (crop.height, crop.width) if crops else None, table.reshape(3, 256))
+    return _Steps(sides, int(processor.resample), crop, table.reshape(3, 256))
+
+
+def _sides(size: Any, *names: str) -> tuple[int, ...] | None:
+    found = [getattr(size, name, None) or 0 for name in names]
+    return tuple(found) if all(found) else None
 
 
 def _is_same(steps: _Steps, processor: Any) -> bool:

@@ -326,6 +326,7 @@ def test_what_pillow_says_of_a_picture_is_not_on_the_screen() -> None:
         (wav(np.zeros((10, 17))), "too_large"),
         (wav(np.zeros(10), kind="AIFF"), "unsupported_format"),
     ],
+    ids=["empty", "a text", "no sample", "NaN", "1 Hz", "17 channels", "AIFF"],  # the bytes tell when they were written
 )
 def test_what_is_no_sound_says_why(raw: bytes, expected: str) -> None:
     assert reason(media.decode_audio, raw, 16_000) == expected

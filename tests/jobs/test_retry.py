@@ -27,7 +27,7 @@ from jobs.report import rejected
 from jobs.retry import Retrier
 from jobs.run import Runner
 from jobs.spec import load
-from pipelines import encode as encoding
+from pipelines import encode_plan
 from pipelines import retry as pipeline
 from pipelines.decode_apart import DecodeApart
 from pipelines.sources.files import FileValue
@@ -495,7 +495,7 @@ def test_a_damaged_file_of_a_view_is_not_copied_from(copy: Made, spoilt: Made, e
     mend(copy, spoilt)
     Retrier(load(copy.spec), Console(quiet=True))._retry_corpus(copy.open().snapshot)
     planned = plan.view_plans(load(copy.spec))[0]
-    task = encoding.stale(copy.open().snapshot, planned, encoding.listed(copy.open().storage, planned))[0]
+    task = encode_plan.stale(copy.open().snapshot, planned, encode_plan.listed(copy.open().storage, planned))[0]
     assert task.earlier_path
     path = copy.store / task.earlier_path
     content = path.read_bytes()

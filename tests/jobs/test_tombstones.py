@@ -204,8 +204,6 @@ def test_nothing_but_gone_samples_is_an_ingest_too(small: Made, tmp_path: Path) 
 def test_a_source_that_changes_between_plan_and_tombstones_is_an_error(
     small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines import shard
-
     copy = small.copy_to(tmp_path)
     rows = manifest(copy)
     write(copy, rows[:-1])
@@ -216,7 +214,7 @@ def test_a_source_that_changes_between_plan_and_tombstones_is_an_error(
         write(copy, rows[:-2])
         return found
 
-    monkeypatch.setattr(shard, "scan", late)
+    monkeypatch.setattr(plan, "scan", late)
     with pytest.raises(InputError, match=r"2 samples are gone or changed where planning saw 1: .* run it again"):
         run(copy, "shard")
     assert copy.open().corpus("planted").rows == 48
