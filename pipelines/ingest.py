@@ -106,7 +106,8 @@ class Known:
     def settle(self, source: Source, number: int, references: Iterable[SampleRef]) -> Iterator[tuple[SampleRef, str]]:
         """Samples of one shard whose etag is another, in the shard's order: CHANGED, or TOUCHED where they hold the same.
 
-        They are compared in threads; the shard's rows are held meanwhile.
+        One that cannot be read now is the SAME for now, and keeps its etag: nobody knows what it holds. They are compared in
+        threads; the shard's rows are held meanwhile.
         """
         assert self._corpus is not None
         corpus, places = self._corpus, self._ids.of_code(number)
@@ -116,17 +117,22 @@ class Known:
         references = sorted(references, key=lambda each: at[each.id])
         etags = self._touched.setdefault(shard, (array("q"), array("Q")))
 
-        def is_same(sample: Sample) -> bool:
-            return same(corpus, rows.slice(at[sample.id], 1), sample)
+        def state_of(sample: Sample) -> str:
+            unread: list[str] = []
+            if not same(corpus, rows.slice(at[sample.id], 1), sample, unread=unread):
+                return CHANGED
+            return SAME if unread else TOUCHED
 
-        compared = ahead(is_same, source.samples(references), _THREADS, 2 * _THREADS)
-        for reference, (_, unchanged) in zip(references, compared, strict=True):
-            if unchanged:
+        kept = []
+        compared = ahead(state_of, source.samples(references), _THREADS, 2 * _THREADS)
+        for reference, (_, state) in zip(references, compared, strict=True):
+            if state == TOUCHED:
                 etags[0].append(at[reference.id])
                 etags[1].append(hash64(reference.etag))
-            yield reference, TOUCHED if unchanged else CHANGED
-        theirs = np.isin(self._ids.rows[places], np.frombuffer(etags[0], np.int64))
-        self._settled = np.append(self._settled, places[theirs])
+            if state != CHANGED:
+                kept.append(at[reference.id])
+            yield reference, state
+        self._settled = np.append(self._settled, places[np.isin(self._ids.rows[places], kept)])
 
     def renewed(self) -> Iterator[tuple[str, pa.Table]]:
         """Range, and its id index with the etags of now, where `settle` found samples that were only touched."""
@@ -141,7 +147,7 @@ class Known:
             yield stem, ids.renewed(ids.read(self._snapshot.storage, entry), parts)
 
     def tombstones(self) -> pa.Table:
-        """What `compare` found gone or changed, as a table of `tombstones.SCHEMA`; without what `settle` found touched."""
+        """What `compare` found gone or changed, as a table of `tombstones.SCHEMA`; not what `settle` found the same."""
         rows = []
         changed = np.setdiff1d(np.frombuffer(self._changed, np.int64), self._settled)
         left = ((place, GONE) for place in np.flatnonzero(~self._seen).tolist())
@@ -175,7 +181,9 @@ class Known:
         return self._stored_ids[shard]
 
 
-def same(corpus: Corpus, row: pa.Table, sample: Sample, but: Collection[str] = ()) -> bool:
+def same(
+    corpus: Corpus, row: pa.Table, sample: Sample, but: Collection[str] = (), unread: list[str] | None = None
+) -> bool:
     """Whether a stored sample has the group, the columns and the values (`but` those of some fields) that the source gives now.
 
     Args:
@@ -183,22 +191,32 @@ def same(corpus: Corpus, row: pa.Table, sample: Sample, but: Collection[str] = (
         row: the sample's row of its shard.
         sample: the same id, as the source gives it.
         but: fields whose values may be others.
+        unread: takes fields whose values cannot be read now: what is stored is not given up for that.
     """
     times = [name for name in TIMESTAMPS if name in row.column_names]
     stored = row.drop_columns(times).to_pylist()[0]
     columns = {name: value for name, value in sample.columns.items() if name not in times and value is not None}
     own = {"id", "group", "etag", *corpus.fields}
     values = ((name, value) for name, value in sample.values.items() if name not in but)
+    unread = [] if unread is None else unread
+
+    def is_same(name: str, value: Value | Missing | None) -> bool:
+        found = _same_value(corpus, stored[name], name, value)
+        if found is None:
+            unread.append(name)
+        return found is not False
+
     return (
         stored["group"] == sample.group
         and all(row[name].cast(pa.int64())[0].as_py() == sample.columns.get(name) for name in times)
         and {name for name in stored if name not in own and stored[name] is not None} == columns.keys()
         and all(stored[name] in (value, json.dumps(value, sort_keys=True)) for name, value in columns.items())
-        and all(_same_value(corpus, stored[name], name, value) for name, value in values)
+        and all(is_same(name, value) for name, value in values)
     )
 
 
-def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value | Missing | None) -> bool:
+def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value | Missing | None) -> bool | None:
+    """None where that cannot be told now."""
     if value is None or isinstance(value, Missing):
         return bool(member["miss_reason"] == (value.reason if value else "absent"))
     try:
@@ -207,8 +225,9 @@ def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value
         if member["digest"] != input_digest(fetched(value, corpus.fields[field], decode)):
             return False
     except DecodeError as error:
-        # What is stored is not given up for a server that does not answer now; what was rejected so before has not changed.
-        return error.reason == ("unreadable" if member["present"] else member["miss_reason"])
+        if error.reason == "unreadable" and (member["present"] or member["miss_reason"] == "unreadable"):
+            return None
+        return bool(error.reason == member["miss_reason"])
     # What is referred to must be found where it stands now, too.
     return member["uri"] is None or reference_to(corpus.storage, value) == (member["uri"], member["offset"])
 

@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -30,14 +31,21 @@ class FileValue(NamedTuple):
         """The file, from its beginning."""
         return self.uri, 0
 
+    @property
+    def is_far(self) -> bool:
+        """Whether its `stat` asks a server."""
+        return not self.uri.startswith(("file:", "local:")) and "://" in self.uri
+
     def stat(self) -> tuple[int, str]:
         """The file's size, and its etag or time of change."""
+        return self.asking()()
+
+    def asking(self) -> Callable[[], tuple[int, str]]:
+        """`stat`, to be done in any thread by the client of this one: a client of its own would connect anew in each."""
         try:
-            fs, path = filesystem(self.uri)
-            info = fs.info(path)
+            return partial(_stat, *filesystem(self.uri))
         except Exception:
-            return 0, "unreadable"
-        return int(info.get("size") or 0), change_of(info)
+            return lambda: _UNREADABLE
 
     def fetch(self) -> bytes:
         """The file's bytes; DecodeError `unreadable` or `too_large`."""
@@ -51,6 +59,17 @@ class FileValue(NamedTuple):
         fs, path = filesystem(self.uri)
         files.check_file(fs.info(path))
         return io.BufferedReader(fs.open(path, "rb"))
+
+
+_UNREADABLE = 0, "unreadable"
+
+
+def _stat(fs: fsspec.AbstractFileSystem, path: str) -> tuple[int, str]:
+    try:
+        info = fs.info(path)
+    except Exception:
+        return _UNREADABLE
+    return int(info.get("size") or 0), change_of(info)
 
 
 class Part(NamedTuple):

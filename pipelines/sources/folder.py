@@ -179,7 +179,10 @@ class Folder(RowSource):
     def references(self) -> Iterator[SampleRef]:
         """Every sample, by its id. Raises InputError where no file matches, or one has a name that is no id."""
         for sample_id, mask, size, change in _sorted(_joined(self._matched())):
-            yield self._reference(self._row(sample_id, mask, f"{change:x}".encode()))._replace(bytes=size)
+            row = self._row(sample_id, mask, f"{change:x}".encode())
+            # Of its files the listing has told all.
+            found = [(field, (0, "")) for field, value in row.values.items() if value is not None]
+            yield self._reference(row, found)._replace(bytes=size)
 
     def rows(self) -> Iterator[Row]:
         """Every sample, by its id."""

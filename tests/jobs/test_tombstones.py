@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from featurestore.corpora import ROWS, read_rows
-from featurestore.errors import AlignmentError, InputError, NotFound
+from featurestore.errors import AlignmentError, DecodeError, InputError, NotFound
 from featurestore.ids import IDS, Ids
 from featurestore.tombstones import TOMBSTONES
 from featurestore.verify import verify
@@ -24,6 +24,7 @@ from jobs.spec import load
 from pipelines import ingest, shard
 from pipelines.ingest import same, scan
 from pipelines.runner import Job
+from pipelines.sources.files import FileValue
 from tests.conftest import Made, check_same
 
 
@@ -137,9 +138,9 @@ def test_what_was_only_touched_is_compared_by_one_run_and_by_none_after_it(
     one, two = small.copy_to(tmp_path / "one"), small.copy_to(tmp_path / "two")
     compared: list[str] = []
 
-    def counted(*given: Any) -> bool:
+    def counted(*given: Any, **more: Any) -> bool:
         compared.append(given[2].id)
-        return same(*given)
+        return same(*given, **more)
 
     monkeypatch.setattr(ingest, "same", counted)
     for made in (one, two):
@@ -171,6 +172,23 @@ def test_what_was_only_touched_is_compared_by_one_run_and_by_none_after_it(
     assert shard_step(one).why == "47 samples stored"
     assert compared == []
     assert not [each for each in verify(one.open().storage).findings if each.kind in (IDS, ROWS)]
+
+
+def test_what_could_not_be_read_when_it_was_compared_is_compared_again(
+    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = small.copy_to(tmp_path)
+    one, other = [copy.corpus / row["sound_path"] for row in manifest(copy) if row["sound_path"]][:2]
+    one.write_bytes(other.read_bytes())
+
+    def away(value: FileValue) -> bytes:
+        raise DecodeError("unreadable", value.source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileValue, "fetch", away)
+        assert shard_step(copy).why == "48 samples stored"
+        assert run(copy) == []
+    assert shard_step(copy).why == "samples: 1 changed"
 
 
 def test_rows_that_are_compared_with_are_not_held(small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -410,7 +410,8 @@ def test_a_run_stores_every_sample_once_and_a_second_one_only_what_is_new(tmp_pa
     (folder / "ü/4.txt").unlink()
     (folder / "ü/4_desc.txt").unlink()
     os.utime(folder / "a/2.txt", (1, 1))
-    assert shard_step(text, grown) == (plan.STALE, 2, 16, "samples: 2 changed, 1 gone")
+    told = "samples: 2 changed, 1 gone; 2 touched: `braid run` compares them once"
+    assert shard_step(text, grown) == (plan.STALE, 2, 16, told)
 
 
 def shard_step(text: str, store: FeatureStore) -> tuple[str, int, int, str]:
