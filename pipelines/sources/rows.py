@@ -143,9 +143,10 @@ class RowSource(ABC):
         """
         rows = iter(self.rows())
         for row in rows:
-            yield self._reference(row, [(field, value.stat()) for field, value in _there(row)])
+            there = _there(row)
+            yield self._reference(row, [(field, value.stat()) for field, value in there])
             # The first alone, so that its client is connected when threads share it.
-            if any(isinstance(value, FileValue) and value.is_far for _, value in _there(row)):
+            if any(isinstance(value, FileValue) and value.is_far for _, value in there):
                 break
         for (row, _), stats in ahead(_asked, ((row, _asking(row)) for row in rows), _STATS, 2 * _STATS):
             yield self._reference(row, stats)
