@@ -12,6 +12,7 @@ from braceexpand import braceexpand
 from featurestore import files
 from featurestore.errors import DecodeError, InputError
 from featurestore.files import filesystem
+from pipelines.sources.bounds import Bounds
 
 __all__ = ["FileValue", "Part", "change_of", "described", "expand", "opened"]
 
@@ -21,20 +22,16 @@ _Got = TypeVar("_Got")
 
 
 class FileValue(NamedTuple):
-    """A value in a file of its own; `source` is the path as the source gives it."""
+    """A value in a file of its own; `source` is the path as the source gives it, `bounds` are where the file may lie."""
 
     uri: str
     source: str
+    bounds: Bounds | None = None
 
     @property
     def address(self) -> tuple[str, int]:
         """The file, from its beginning."""
         return self.uri, 0
-
-    @property
-    def is_far(self) -> bool:
-        """Whether its `stat` asks a server."""
-        return not self.uri.startswith(("file:", "local:")) and "://" in self.uri
 
     def stat(self) -> tuple[int, str]:
         """The file's size, and its etag or time of change."""
@@ -43,17 +40,34 @@ class FileValue(NamedTuple):
     def asking(self) -> Callable[[], tuple[int, str]]:
         """`stat`, to be done in any thread by the client of this one: a client of its own would connect anew in each."""
         try:
+            if self.bounds is not None and not self.bounds.name(self.uri):
+                return lambda: (0, "outside")
             return partial(_stat, *filesystem(self.uri))
         except Exception:
             return lambda: _UNREADABLE
 
     def fetch(self) -> bytes:
-        """The file's bytes; DecodeError `unreadable` or `too_large`."""
+        """The file's bytes; DecodeError `unreadable`, `too_large`, or `outside` of its bounds."""
+        self._check_bounds()
         return _told(lambda: files.whole(self.uri), self.source)
 
     def open(self) -> io.BufferedReader:
-        """The file, to be read in pieces; DecodeError `unreadable`."""
+        """The file, to be read in pieces; DecodeError `unreadable` or `outside`."""
+        self._check_bounds()
         return _told(lambda: files.tried(self._open, self.uri), self.source)
+
+    def _check_bounds(self) -> None:
+        try:
+            if self.bounds is None or self.bounds.hold(self.uri):
+                return
+        except (OSError, ValueError, ImportError):
+            # What is no address is told where it is read.
+            return
+        raise DecodeError("outside", f"{self.source}: {self._outside}")
+
+    @property
+    def _outside(self) -> str:
+        return "it leads out of the folder of what names it; name the folder that it is in as corpus.source.root"
 
     def _open(self) -> io.BufferedReader:
         fs, path = filesystem(self.uri)

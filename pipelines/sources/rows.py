@@ -13,6 +13,7 @@ from featurestore.row_order import BY_ID
 from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
 from pipelines.ahead import ahead
 from pipelines.sources import Sample, SampleRef, Value
+from pipelines.sources.bounds import is_far
 from pipelines.sources.files import FileValue
 
 __all__ = ["InlineText", "Record", "Row", "RowSource", "Spoiled", "inline"]
@@ -146,7 +147,7 @@ class RowSource(ABC):
             there = _there(row)
             yield self._reference(row, [(field, value.stat()) for field, value in there])
             # The first alone, so that its client is connected when threads share it.
-            if any(isinstance(value, FileValue) and value.is_far for _, value in there):
+            if any(isinstance(value, FileValue) and is_far(value.uri) for _, value in there):
                 break
         for (row, _), stats in ahead(_asked, ((row, _asking(row)) for row in rows), _STATS, 2 * _STATS):
             yield self._reference(row, stats)
