@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from featurestore import artefact
 from featurestore.catalog import Entries, Entry, Snapshot
@@ -317,6 +318,13 @@ def read_rows(storage: Storage, entry: Entry) -> pa.Table:
             f"{entry.path}: {problem} (row {row}, id {table['id'][row].as_py()!r}); run `braid verify`"
         )
     return table.replace_schema_metadata(None)
+
+
+def read_ids(storage: Storage, entry: Entry) -> pa.ChunkedArray:
+    """The ids of a corpus shard alone, in its order; the file is proven by its sha256."""
+    content = artefact.read_checked(storage, entry.path, entry.sha256)
+    with artefact.parsing(entry.path):
+        return pq.read_table(pa.BufferReader(content), columns=["id"])["id"]
 
 
 def _type(schema: pa.Schema, name: str) -> pa.DataType | None:

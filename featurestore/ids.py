@@ -1,10 +1,13 @@
-"""The id index of a corpus: where an id stands, and what it was like when it was stored, without reading any rows.
+"""The id index of a corpus: where an id stands, and what its source last said of it, without reading any rows.
 
 An ingest writes one file for each of its ranges, with 24 bytes a sample: a hash of the id, its part (the last number of its
 shard's key) and row, and a hash of its etag, sorted by the first. Equal hashes of two ids are told apart by the rows.
+
+The etag is that of now: of what the sample's source was when it was last found to hold the same as is stored. The one in the
+sample's row is of when it was stored; the two differ where files were touched or copied since.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -12,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore import artefact
-from featurestore.catalog import Snapshot
+from featurestore.catalog import Entry, Snapshot
 from featurestore.errors import AlignmentError
 from featurestore.identity import hash64
+from featurestore.storage import Storage
 
-__all__ = ["IDS", "SCHEMA", "Ids", "hashes", "parts_of", "renewed", "table", "there"]
+__all__ = ["IDS", "SCHEMA", "Ids", "hashes", "parts_of", "place", "read", "renewed", "table", "there"]
 
 IDS = "ids"
 """Kind in the catalog; its shard is the first of the range's."""
@@ -31,25 +35,43 @@ SCHEMA = pa.schema(
 )
 
 
-def table(parts: Mapping[int, tuple[list[str], list[str]]]) -> pa.Table:
-    """The id index of a range: part -> the ids and the etags of its shard, in the order of its rows."""
+def table(parts: Mapping[int, tuple[list[str], np.ndarray]]) -> pa.Table:
+    """The id index of a range: part -> the ids of its shard and the hashes of their etags, in the order of its rows."""
     lengths = [len(own) for own, _ in parts.values()]
     columns = {
         "hash": hashes([sample_id for own, _ in parts.values() for sample_id in own]),
         "part": np.repeat(np.array([*parts], np.int32), lengths),
         "row": np.concatenate([np.arange(length, dtype=np.int32) for length in [*lengths, 0]]),
-        "etag": hashes([etag for _, etags in parts.values() for etag in etags]),
+        "etag": np.concatenate([np.array([], np.uint64), *(etags for _, etags in parts.values())]),
     }
     return pa.table(columns, schema=SCHEMA).sort_by([(name, "ascending") for name in ("hash", "part", "row")])
 
 
-def renewed(index: pa.Table, etags: Mapping[int, list[str]]) -> pa.Table:
-    """An id index with other etags: part -> those of its shard, in the order of its rows."""
+def renewed(index: pa.Table, etags: Mapping[int, tuple[Sequence[int], Sequence[int]]]) -> pa.Table:
+    """An id index with other etags: part -> some rows of its shard, and the hashes of their etags."""
     parts, rows, etag = (np.asarray(index[name]).copy() for name in ("part", "row", "etag"))
-    for part, own in etags.items():
-        etag[parts == part] = hashes(own)[rows[parts == part]]
+    for part, (own, new) in etags.items():
+        mine = np.flatnonzero(parts == part)
+        etag[mine[np.argsort(rows[mine])][np.asarray(own, np.int64)]] = np.asarray(new, np.uint64)
     at = SCHEMA.get_field_index("etag")
     return index.set_column(at, SCHEMA.field(at), pa.array(etag))
+
+
+def read(storage: Storage, entry: Entry) -> pa.Table:
+    """One file of the index, checked."""
+    content = artefact.read_checked(storage, entry.path, entry.sha256)
+    with artefact.parsing(entry.path):
+        table = artefact.read_table(content).replace_schema_metadata(None)
+    if table.schema != SCHEMA or len(table) != entry.rows:
+        raise AlignmentError(f"{entry.path} is not an id index of {entry.rows} rows; run `braid verify`")
+    return table
+
+
+def place(storage: Storage, corpus: str, stem: str, table: pa.Table) -> Entry:
+    """Writes the index of one range."""
+    footer = {"kind": IDS, "rows": len(table)}
+    path, size, sha256 = artefact.place_table(storage, table, f"corpora/{corpus}/ids/{stem}", footer)
+    return Entry(IDS, corpus, "", f"{stem}-00000", path, len(table), size, sha256)
 
 
 def parts_of(snapshot: Snapshot, corpus: str) -> dict[str, list[int]]:
@@ -79,18 +101,19 @@ class Ids:
         hash: uint64 [n].
         etag: uint64 [n], `hash64` of the etag.
         rows: int32 [n], row in its shard.
+
+    Args:
+        snapshot: of the store.
+        corpus: its name.
+        renewed: files of the index that are read instead of those that the snapshot names.
     """
 
-    def __init__(self, snapshot: Snapshot, corpus: str) -> None:
+    def __init__(self, snapshot: Snapshot, corpus: str, renewed: Sequence[Entry] = ()) -> None:
         tables, keys = [SCHEMA.empty_table()], []
-        parts = parts_of(snapshot, corpus)
+        parts, instead = parts_of(snapshot, corpus), {entry.shard: entry for entry in renewed}
         for entry in snapshot.entries(IDS, corpus):
-            content = artefact.read_checked(snapshot.storage, entry.path, entry.sha256)
-            with artefact.parsing(entry.path):
-                own = artefact.read_table(content).replace_schema_metadata(None)
-            if own.schema != SCHEMA or len(own) != entry.rows:
-                raise AlignmentError(f"{entry.path} is not an id index of {entry.rows} rows; run `braid verify`")
             keys.append(entry.shard.rpartition("-")[0])
+            own = read(snapshot.storage, instead.get(entry.shard, entry))
             tables.append(there(own, parts.get(keys[-1], [])))
         columns = {name: np.concatenate([np.asarray(each[name]) for each in tables]) for name in SCHEMA.names}
         order = np.argsort(columns["hash"], kind="stable")
@@ -120,6 +143,14 @@ class Ids:
     def shard(self, place: int) -> str:
         """Key of the shard of a sample."""
         return f"{self._keys[self._ranges[place]]}-{self._parts[place]:05d}"
+
+    def code(self, place: int) -> int:
+        """A number that a sample's shard has among these."""
+        return int(self._ranges[place]) << 32 | int(self._parts[place])
+
+    def of_code(self, code: int) -> np.ndarray:
+        """int64 places of the samples of the shard that has a number."""
+        return np.flatnonzero((self._ranges == code >> 32) & (self._parts == code & 0xFFFFFFFF))
 
     @cached_property
     def by_shard(self) -> dict[str, np.ndarray]:

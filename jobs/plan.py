@@ -55,8 +55,8 @@ def corpus_dict(spec: Spec) -> dict[str, Any]:
     return corpus | {"unviewed": sorted(corpus["fields"].keys() - viewed)}
 
 
-def ingest(spec: Spec, snapshot: Snapshot) -> Ingest:
-    """What the source holds that the store does not.
+def ingest(spec: Spec, snapshot: Snapshot, known: Known | None = None) -> Ingest:
+    """What the source holds that the store does not; `known`, of the snapshot, learns which samples were only touched.
 
     Raises:
         StoreError: a file of the stored corpus is gone.
@@ -68,7 +68,7 @@ def ingest(spec: Spec, snapshot: Snapshot) -> Ingest:
     check_settings(snapshot, corpus)
     if name in snapshot.names(ROWS):
         check_whole(snapshot, name)
-    found = scan(source, Known(snapshot, name))
+    found = scan(source, known or Known(snapshot, name))
     if not found.samples + found.known:
         raise InputError(f"{_path(spec)} holds no samples; name another one in corpus.source.path")
     _check_columns(spec, source)
@@ -218,7 +218,8 @@ def _count(snapshot: Snapshot, kind: str, name: str, recipe: str | None = None) 
 
 
 def _shard_step(spec: Spec, found: Ingest) -> Step:
-    more, name = "; ".join(["", *found.remarks]), spec.corpus.name
+    touched = (f"{found.touched} touched: `braid run` compares them once",) if found.touched else ()
+    more, name = "; ".join(["", *touched, *found.remarks]), spec.corpus.name
     if not found.samples + found.gone:
         return Step("shard", name, FRESH, 0, found.known, f"{counted(found.known, 'sample')} stored{more}")
     parts = {"new": found.samples - found.changed, "changed": found.changed, "gone": found.gone}

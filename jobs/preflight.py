@@ -119,7 +119,9 @@ class _Trial:
         self.rows = pa.concat_tables(tables.values(), promote_options="permissive")
         ends = itertools.accumulate(map(len, tables.values()))
         self._places = {shard: slice(end - len(tables[shard]), end) for shard, end in zip(tables, ends, strict=True)}
-        self._parts = {part: ([r.id for r in own], [r.etag for r in own]) for part, own in enumerate(shards)}
+        self._parts = {
+            part: ([r.id for r in own], ids.hashes([r.etag for r in own])) for part, own in enumerate(shards)
+        }
 
     def rarest(self) -> float:
         """Of the samples, the fewest that have a value for a view that is to be encoded; 1 where there is none."""

@@ -24,6 +24,7 @@ from jobs.progress import track
 from jobs.sizes import settings_key
 from jobs.spec import Spec
 from pipelines import align, build_job, dataflow, encode, encode_plan, fuse, index, log, shard
+from pipelines.ingest import Known
 from pipelines.runner import Job, checked
 
 _MAKERS = {"align": align.make, "index": index.make, "fuse": fuse.make}
@@ -185,16 +186,18 @@ class Runner:
 
     def _shard(self) -> None:
         snapshot = self._snapshot()
-        found, corpus = plan.ingest(self.spec, snapshot), plan.corpus_dict(self.spec)
+        known = Known(snapshot, self.spec.corpus.name)
+        found, corpus = plan.ingest(self.spec, snapshot, known), plan.corpus_dict(self.spec)
         for remark in found.remarks:
             log.event(f"shard {corpus['name']}", "source read", detail=remark)
             self.console.print(remark, markup=False)
-        if not found.samples + found.gone:
+        if not found.samples + found.gone + found.touched:
             return
         for path in self.spec.corpus.source.path:
             dataflow.check_source(self.beam_args, path)
         job, begun, folder = self._job("shard", corpus["name"]), time.monotonic(), f"corpora/{corpus['name']}"
-        shard.build(job, self.storage, corpus, found, snapshot.version)
+        renewed = shard.renew(self.storage, corpus["name"], known)
+        shard.build(job, self.storage, corpus, found, snapshot.version, renewed)
 
         def done() -> int:
             names = [key for key in self.storage.list(folder) if key.startswith(f"{folder}/{found.key}-")]

@@ -187,7 +187,7 @@ class ClockSpec(_Node):
 
 
 class SourceSpec(_Node):
-    """Where the samples come from: files at one path or several, with patterns (`*`) and lists (`{00..99}`); or one folder.
+    """Where the samples come from: files, or folders, at one path or several, with patterns (`*`) and lists (`{00..99}`).
 
     A webdataset with `adopt` is indexed where it lies: each tar is a shard, its values stay in it.
     """

@@ -381,21 +381,16 @@ def _of_source(tree: Document) -> Iterator[Mistake]:
         text = "'copy' is not what adopt does, which leaves values in their tars: leave one of them out"
         yield tree.mistake(("corpus", "media"), text)
     if source.get("type") == "folder":
-        yield from _of_folder(source, columns, given, tree)
+        yield from _of_folder(columns, given, tree)
     elif source.get("type") in ("manifest", "parquet"):
         for name, texts in given.items():
             if isinstance(texts, tuple):
                 yield tree.mistake(("corpus", "fields", name, "from"), f"{_shown(texts)} is a list: name one column")
 
 
-def _of_folder(
-    source: Mapping[str, Any], columns: Mapping[str, Any], given: Mapping[str, Any], tree: Document
-) -> Iterator[Mistake]:
+def _of_folder(columns: Mapping[str, Any], given: Mapping[str, Any], tree: Document) -> Iterator[Mistake]:
     from pipelines.sources import folder
 
-    if isinstance(source.get("path"), tuple) and len(source["path"]) > 1:
-        text = "is a list: a folder's ids would not be unique in several; name the folder that they are in"
-        yield tree.mistake(("corpus", "source", "path"), text)
     for key, column in columns.items():
         allowed = ["id"] if key == "id" else list(folder.COLUMNS)
         if isinstance(column, str) and column not in allowed:

@@ -276,20 +276,19 @@ class _RenewIds(beam.DoFn):
         snapshot = Catalog(storage).snapshot(self._version)
         # A bundle that was done twice has given its Results twice.
         first, *rest = sorted({each.shard: each for each in sorted(element[1], reverse=True)}.values())
-        stem, etags = _range(first), {}
+        stem, etags = _range(first), dict[int, tuple[list[int], list[int]]]()
         old = snapshot.entries(ROWS, self._corpus)
         for each in (first, *rest):
             (rows,) = (entry for entry in map(Entry._make, json.loads(each.entries)) if entry.kind == ROWS)
-            if rows != old.find(each.shard):
-                etags[int(each.shard.rpartition("-")[2])] = read_rows(storage, rows)["etag"].to_pylist()
+            if rows != (before := old.find(each.shard)):
+                assert before is not None
+                was, now = (read_rows(storage, entry)["etag"].to_pylist() for entry in (before, rows))
+                other = [row for row, etag in enumerate(now) if etag != was[row]]
+                etags[int(each.shard.rpartition("-")[2])] = other, ids.hashes([now[row] for row in other]).tolist()
         entry = snapshot.entries(IDS, self._corpus).find(f"{stem}-00000")
         assert entry is not None
         if etags:
-            index = artefact.read_table(artefact.read_checked(storage, entry.path, entry.sha256))
-            table = ids.renewed(index.replace_schema_metadata(None), etags)
-            footer = {"kind": IDS, "rows": len(table)}
-            placed = artefact.place_table(storage, table, f"corpora/{self._corpus}/ids/{stem}", footer)
-            entry = entry._replace(path=placed.path, bytes=placed.bytes, sha256=placed.sha256)
+            entry = ids.place(storage, self._corpus, stem, ids.renewed(ids.read(storage, entry), etags))
         # Named where it is the old one too: it is called after a shard whose entries the commit replaces.
         yield from map(keyed, (with_entries(first, json.dumps([entry])), *rest))
 

@@ -235,9 +235,7 @@ class _CommitFn(beam.DoFn):
         made = changes(results, scopes, whole=self._rows is None)
         check_complete(self._job, made[0], self._rows)
         old = None if self._remakes is None else catalog.snapshot(self._remakes)
-        version = catalog.commit(
-            self._job, made, lambda now: check_remakes(self._job, made[0], old, now) if old else None
-        )
+        version = catalog.commit(self._job, made, lambda now: check_remakes(self._job, made, old, now) if old else None)
         self._published.inc(sum(len(change.entries) for change in made))
         self._event(
             "commit",
@@ -259,16 +257,16 @@ def check_complete(job: str, change: Change, rows: int | None) -> None:
         )
 
 
-def check_remakes(job: str, change: Change, old: Snapshot, now: Snapshot) -> None:
-    """Raises AlignmentError where a shard that is made again is not the one any more that it was made from."""
-    scope = change[:3]
-    was, there = old.entries(*scope), now.entries(*scope)
-    for entry in change.entries:
-        if there.find(entry.shard) not in (was.find(entry.shard), entry):
-            raise AlignmentError(
-                f"{job}: another job took shard {entry.shard} of {change.name!r} out of the store, or made it again, since "
-                f"version {old.version}; nothing was published; run it again"
-            )
+def check_remakes(job: str, changes: Iterable[Change], old: Snapshot, now: Snapshot) -> None:
+    """Raises AlignmentError where a shard, or what goes with it, is not what it was any more when it was made again."""
+    for change in changes:
+        was, there = old.entries(*change[:3]), now.entries(*change[:3])
+        for entry in change.entries:
+            if there.find(entry.shard) not in (was.find(entry.shard), entry):
+                raise AlignmentError(
+                    f"{job}: another job took shard {entry.shard} of {change.name!r} out of the store, or made it again, since "
+                    f"version {old.version}; nothing was published; run it again"
+                )
 
 
 def before(snapshot: Snapshot, scopes: Iterable[Scope], results: Iterable[Result]) -> tuple[int, int]:

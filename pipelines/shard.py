@@ -7,18 +7,20 @@ consecutive samples whose rows stand as they do there: a worker then reads one s
 (cuts.py). The cuts are written to the store as a plan, one row group per shard, and only descriptors of them travel on.
 A worker then fetches a shard's values, checks them, and writes its tar first and its rows second: the second means done.
 
-What of the source is new, changed or gone ingest.py says. What was stored before is never touched. An ingest whose samples
-only were touched does nothing.
+What of the source is new, changed or gone ingest.py says. What was stored before is never changed, but for the id index, which
+takes on the etags of samples that were only touched: in the commit of the ingest, or in one of its own where there is nothing
+else to do.
 
 Shard keys come from the sets of new, changed and gone samples alone, so any runner and any number of workers write the same
 bytes; in the order of ids the source's own order makes no difference either.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+import numpy as np
 
 from featurestore import artefact, ids
 from featurestore.catalog import Catalog, Entry, Snapshot
@@ -35,7 +37,8 @@ from pipelines.measure import Measure, MeasureWork, measuring
 from pipelines.reference_blocks import packed, unpacked
 from pipelines.runner import Commit, InFlight, Job, Result, Scope, keyed, result
 from pipelines.shard_writer import ShardTask, ShardWriter, write_plan
-from pipelines.sources import Source, open_source
+from pipelines.sources import SampleRef, Source, open_source
+from pipelines.sources.stored import StoredShards
 
 
 def _cut(source: Source, corpus: dict[str, Any]) -> Cut:
@@ -45,28 +48,30 @@ def _cut(source: Source, corpus: dict[str, Any]) -> Cut:
 class _ReadNew(beam.DoFn):
     """Yields (range, block of references) for the samples that are new or changed."""
 
-    def __init__(self, storage: str, corpus: str, ranges: int, version: int) -> None:
+    def __init__(self, storage: str, corpus: str, ranges: int, version: int, renewed: str) -> None:
         self._storage, self._corpus, self._ranges, self._version = storage, corpus, ranges, version
+        self._renewed = renewed
 
     def process(self, _: Any) -> Iterator[tuple[int, bytes]]:
         corpus = json.loads(self._corpus)
         catalog = Catalog(Storage.from_json(self._storage))
         stored = catalog.snapshot(self._version) if self._version >= 0 else Snapshot(catalog.storage, [], -1)
-        known = Known(stored, corpus["name"])
+        known = Known(stored, corpus["name"], _entries(self._renewed))
         source = open_source(corpus)
-        new = (reference for reference, state, _before in known.compare(source) if state != SAME)
+        new = (reference for reference, state, _place in known.compare(source) if state != SAME)
         yield from packed(_cut(source, corpus).ranges(new, self._ranges))
 
 
 class _Bury(beam.DoFn):
     """Reads the source to its end and places a tombstone for each sample that is gone or changed."""
 
-    def __init__(self, storage: str, corpus: str, ingest: Ingest, version: int) -> None:
+    def __init__(self, storage: str, corpus: str, ingest: Ingest, version: int, renewed: str) -> None:
         self._storage, self._corpus, self._ingest, self._version = storage, corpus, ingest, version
+        self._renewed = renewed
 
     def process(self, _: Any) -> Iterator[tuple[int, Result]]:
         storage, corpus, ingest = Storage.from_json(self._storage), json.loads(self._corpus), self._ingest
-        known = Known(Catalog(storage).snapshot(self._version), corpus["name"])
+        known = Known(Catalog(storage).snapshot(self._version), corpus["name"], _entries(self._renewed))
         for _ in known.compare(open_source(corpus)):
             pass
         table = known.tombstones()
@@ -79,6 +84,10 @@ class _Bury(beam.DoFn):
         footer = {"kind": TOMBSTONES, "name": corpus["name"], "rows": len(table)}
         placed = artefact.place_table(storage, table, f"corpora/{corpus['name']}/{key}", footer)
         yield keyed(result(key, [_entry(TOMBSTONES, corpus["name"], key, placed, len(table))]))
+
+
+def _entries(told: str) -> list[Entry]:
+    return [Entry(*each) for each in json.loads(told)]
 
 
 def _entry(kind: str, corpus: str, shard: str, placed: artefact.Placed, rows: int) -> Entry:
@@ -95,21 +104,27 @@ class _PlanRange(beam.DoFn):
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, ShardTask]]:
         number, blocks = element
         storage, corpus = Storage.from_json(self._storage), json.loads(self._corpus)
-        shards = _cut(open_source(corpus), corpus).shards(unpacked(blocks))
+        source = open_source(corpus)
+        shards = _cut(source, corpus).shards(unpacked(blocks))
         folder, stem = f"corpora/{corpus['name']}", f"{self._ingest}-{number:05d}"
         with storage.scratch() as scratch:
             local = scratch / "plan.parquet"
             write_plan(local, shards)
             plan = artefact.place(storage, local, f"{folder}/plans/{stem}")
-        parts = {part: ([ref.id for ref in own], [ref.etag for ref in own]) for part, own in enumerate(shards)}
-        table = ids.table(parts)
-        placed = artefact.place_table(storage, table, f"{folder}/ids/{stem}", {"kind": IDS, "rows": len(table)})
-        index = json.dumps([_entry(IDS, corpus["name"], f"{stem}-00000", placed, len(table))])
+        parts = {part: ([ref.id for ref in own], _etags(source, own)) for part, own in enumerate(shards)}
+        index = json.dumps([ids.place(storage, corpus["name"], stem, ids.table(parts))])
         for part in range(len(shards)):
             shard = f"{stem}-{part:05d}"
             # The first shard's Result brings the range's id index into the catalog.
             task = ShardTask(shard, plan.path, plan.sha256, part, "[]" if part else index)
             yield hash64(shard) >> 1, task
+
+
+def _etags(source: Source, references: list[SampleRef]) -> np.ndarray:
+    """uint64 [n]: hashes of the etags of now."""
+    if isinstance(source, StoredShards):
+        return source.etags(references)
+    return ids.hashes([reference.etag for reference in references])
 
 
 class ShardWork(NamedTuple):
@@ -138,6 +153,7 @@ class Shard(beam.PTransform):
         version: of the store that the source is compared with; -1 is an empty one, to which all is new.
         in_flight: does the work on a ShardTask.
         measure: what comes before it, of a source that measures something for its samples.
+        renewed: what `renew` has written.
     """
 
     def __init__(
@@ -148,11 +164,12 @@ class Shard(beam.PTransform):
         version: int,
         in_flight: InFlight,
         measure: Measure | None = None,
+        renewed: Sequence[Entry] = (),
     ) -> None:
         super().__init__()
         self._measure = measure
         self._args, self._do_fn = (storage.to_json(), json.dumps(corpus, sort_keys=True)), in_flight
-        self._ingest, self._ranges, self._version = ingest, ingest.ranges(corpus), version
+        self._ingest, self._ranges, self._since = ingest, ingest.ranges(corpus), (version, json.dumps(renewed))
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection:
         """Pipeline -> PCollection of keyed Results."""
@@ -160,7 +177,7 @@ class Shard(beam.PTransform):
             begin
             | "Start" >> beam.Create([0])
             | "ReadReferences"
-            >> beam.ParDo(_ReadNew(*self._args, self._ranges, self._version)).with_output_types(tuple[int, bytes])
+            >> beam.ParDo(_ReadNew(*self._args, self._ranges, *self._since)).with_output_types(tuple[int, bytes])
         )
         tasks = (
             references
@@ -177,24 +194,41 @@ class Shard(beam.PTransform):
         )
         if not self._ingest.gone + self._ingest.changed:
             return written
-        bury = _Bury(*self._args, self._ingest, self._version)
+        bury = _Bury(*self._args, self._ingest, *self._since)
         buried = begin | "Again" >> beam.Create([0]) | "Bury" >> beam.ParDo(bury).with_output_types(tuple[int, Result])
         return (written, buried) | "All" >> beam.Flatten()
 
 
-def build(job: Job, storage: Storage, corpus: dict[str, Any], ingest: Ingest, version: int) -> None:
-    """Puts the shard job into a pipeline: write every new shard, then one commit."""
+def renew(storage: Storage, corpus: str, known: Known) -> list[Entry]:
+    """Writes id indexes with the etags of now, of samples that were only touched; the job's commit publishes them."""
+    return [ids.place(storage, corpus, stem, table) for stem, table in known.renewed()]
+
+
+def build(
+    job: Job,
+    storage: Storage,
+    corpus: dict[str, Any],
+    ingest: Ingest,
+    version: int,
+    renewed: Sequence[Entry] = (),
+) -> None:
+    """Puts the shard job into a pipeline: write every new shard, then one commit of these and of what is `renewed`."""
     name = corpus["name"]
     scopes = [Scope(kind, name, "") for kind in (ROWS, MEDIA, IDS, TOMBSTONES)]
     scopes.append(Scope(QUARANTINE, f"shard/{name}", ""))
     # Where a source that measures something keeps it.
     corpus = {**corpus, "source": {**corpus["source"], "store": storage.to_json()}}
-    told = json.dumps(corpus, sort_keys=True)
-    in_flight, measure = InFlight(f"shard {name}", ShardWork(storage.to_json(), told), job.workers), None
-    if measuring(corpus) is not None:
-        measure = Measure(told, InFlight(f"measure {name}", MeasureWork(told), job.workers))
-    (
-        job.pipeline
-        | "Shard" >> Shard(storage, corpus, ingest, version, in_flight, measure)
-        | "Commit" >> Commit(storage, f"shard {name}", scopes, corpus["failure_budget"], ingest.samples)
-    )
+    told, made = json.dumps(corpus, sort_keys=True), []
+    if ingest.samples + ingest.gone:
+        in_flight, measure = InFlight(f"shard {name}", ShardWork(storage.to_json(), told), job.workers), None
+        if measuring(corpus) is not None:
+            measure = Measure(told, InFlight(f"measure {name}", MeasureWork(told), job.workers))
+        made.append(job.pipeline | "Shard" >> Shard(storage, corpus, ingest, version, in_flight, measure, renewed))
+    if renewed:
+        # Not called after a shard: the commit would take it for one that is made again.
+        indexes = [keyed(result(f"{each.shard}-ids", [each])) for each in renewed]
+        create = beam.Create(indexes, reshuffle=False).with_output_types(tuple[int, Result])
+        made.append(job.pipeline | "Renewed" >> create)
+    results = made[0] if len(made) == 1 else made | "WithRenewed" >> beam.Flatten()
+    remakes = version if renewed else None
+    results | "Commit" >> Commit(storage, f"shard {name}", scopes, corpus["failure_budget"], ingest.samples, remakes)

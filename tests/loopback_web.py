@@ -95,6 +95,15 @@ class _Handler(BaseHTTPRequestHandler):
         while self.command == "GET" and not self.server.over.wait(0.02):
             self.wfile.write(b"x")
 
+    def late(self, _: int) -> None:
+        with self.server.counting:
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        self.server.over.wait(0.03)
+        with self.server.counting:
+            self.server.at_once -= 1
+        self.answer(ETag=f'"{self.path}"')
+
     def silent(self, _: int) -> None:
         self.server.over.wait()
 
@@ -116,14 +125,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Site(ThreadingHTTPServer):
-    """A web server on this machine; `asked` counts requests."""
+    """A web server on this machine; `asked` counts requests, `most_at_once` of those that it was late with at one time."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, handler: Callable[..., BaseHTTPRequestHandler] = _Handler) -> None:
         super().__init__(("127.0.0.1", 0), handler)
         self.asked: Counter[str] = Counter()
         self.over = threading.Event()
+        self.counting, self.at_once, self.most_at_once = threading.Lock(), 0, 0
 
     def uri(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{path}"

@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -11,6 +12,7 @@ from braceexpand import braceexpand
 from featurestore import files
 from featurestore.errors import DecodeError, InputError
 from featurestore.files import filesystem
+from pipelines.sources.bounds import Bounds
 
 __all__ = ["FileValue", "Part", "change_of", "described", "expand", "opened"]
 
@@ -20,10 +22,11 @@ _Got = TypeVar("_Got")
 
 
 class FileValue(NamedTuple):
-    """A value in a file of its own; `source` is the path as the source gives it."""
+    """A value in a file of its own; `source` is the path as the source gives it, `bounds` are where the file may lie."""
 
     uri: str
     source: str
+    bounds: Bounds | None = None
 
     @property
     def address(self) -> tuple[str, int]:
@@ -32,21 +35,40 @@ class FileValue(NamedTuple):
 
     def stat(self) -> tuple[int, str]:
         """The file's size, and its etag or time of change."""
+        return self.asking()()
+
+    def asking(self) -> Callable[[], tuple[int, str]]:
+        """`stat`, to be done in any thread by the client of this one: a client of its own would connect anew in each."""
         try:
-            fs, path = filesystem(self.uri)
-            info = fs.info(path)
+            if self.bounds is not None and not self.bounds.name(self.uri):
+                return lambda: (0, "outside")
+            return partial(_stat, *filesystem(self.uri))
         except Exception:
-            return 0, "unreadable"
-        return int(info.get("size") or 0), change_of(info)
+            return lambda: _UNREADABLE
 
     def fetch(self) -> bytes:
-        """The file's bytes; DecodeError `unreadable` or `too_large`."""
+        """The file's bytes; DecodeError `unreadable`, `too_large`, or `outside` of its bounds."""
+        self._check_bounds()
         return _told(lambda: files.whole(self.uri), self.source)
 
     def open(self) -> io.BufferedReader:
-        """The file, to be read in pieces; DecodeError `unreadable`, from its reads and seeks as well."""
+        """The file, to be read in pieces; DecodeError `unreadable`, from its reads and seeks as well, or `outside`."""
+        self._check_bounds()
         file = _told(lambda: files.tried(self._open, self.uri), self.source)
         return io.BufferedReader(_Steady(file, self.uri, self._unreadable))
+
+    def _check_bounds(self) -> None:
+        try:
+            if self.bounds is None or self.bounds.hold(self.uri):
+                return
+        except (OSError, ValueError, ImportError):
+            # What is no address is told where it is read.
+            return
+        raise DecodeError("outside", f"{self.source}: {self._outside}")
+
+    @property
+    def _outside(self) -> str:
+        return "it leads out of the folder of what names it; name the folder that it is in as corpus.source.root"
 
     def _open(self) -> Any:
         fs, path = filesystem(self.uri)
@@ -55,6 +77,17 @@ class FileValue(NamedTuple):
 
     def _unreadable(self, error: Exception, at: int) -> Exception:
         return DecodeError("unreadable", f"{self.source}: {files.reason(error)}")
+
+
+_UNREADABLE = 0, "unreadable"
+
+
+def _stat(fs: fsspec.AbstractFileSystem, path: str) -> tuple[int, str]:
+    try:
+        info = fs.info(path)
+    except Exception:
+        return _UNREADABLE
+    return int(info.get("size") or 0), change_of(info)
 
 
 class Part(NamedTuple):

@@ -15,17 +15,24 @@ the group groups the samples in it; those at the top are a group each.
 Files and folders whose name begins with a dot are left out. A symbolic link to a file is that file where it is in the folder
 too, else its value goes to quarantine as `outside`; links to folders are not followed.
 
-Planning lists the folder once and opens no file. It holds about 50 bytes and the id, twice at most, of every sample (of every
+Several folders, of a list of paths, a pattern `f/*` or a list `f/{a,b}`, each have all of the fields' patterns. Ids are then
+relative to the folder that all of them are in: of a pattern or a list in braces that is the one before it, however many folders
+it names, so that `f/*` gives `a/1` and one folder more changes no id. None may lie in another: a file would be two samples.
+
+Planning lists each folder once and opens no file. It holds about 50 bytes and the id, twice at most, of every sample (of every
 file, where a sample's are listed far from each other), on a disk the names in the folder being listed too (60 bytes each), and
 on gs:// all that the client tells of each object (2 kB).
 """
 
 import os
+import posixpath
+import re
 import stat
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -36,7 +43,8 @@ from featurestore.errors import DecodeError, InputError
 from featurestore.files import filesystem
 from featurestore.identity import check_id, hash64
 from pipelines.sources import SampleRef, Source, Value
-from pipelines.sources.files import FileValue, change_of
+from pipelines.sources.bounds import Bounds
+from pipelines.sources.files import FileValue, change_of, expand
 from pipelines.sources.rows import Row, RowSource
 
 __all__ = ["COLUMNS", "MAX_PATTERNS", "Folder", "Listed", "Patterns", "listing", "mistakes"]
@@ -57,7 +65,7 @@ _Files = tuple[str, int, int, int]
 
 
 def open_source(corpus: dict[str, Any]) -> Source:
-    """The folder that a corpus's `source.path` names."""
+    """The folders that a corpus's `source.path` names."""
     return Folder(corpus)
 
 
@@ -161,13 +169,21 @@ def _pattern(field: str, text: str) -> Pattern:
     return Pattern(field, before, after)
 
 
+class _Place(NamedTuple):
+    """One of the folders: as it is named, its address, and what the ids of its samples begin with."""
+
+    prefix: str
+    path: str
+    base: str
+
+
 class Folder(RowSource):
-    """A folder on a disk or in an object store."""
+    """Folders on a disk or in an object store."""
 
     def __init__(self, corpus: dict[str, Any]) -> None:
         super().__init__(corpus)
-        self._path = self.paths[0].rstrip("/") or "/"
-        self._base = _base(self._path)
+        self._places = _places(self.paths)
+        self._prefixes = [place.prefix for place in self._places]
         self._patterns = Patterns({name: field["from"] for name, field in self.fields.items()})
 
     def unmatched(self) -> dict[str, str]:
@@ -179,7 +195,10 @@ class Folder(RowSource):
     def references(self) -> Iterator[SampleRef]:
         """Every sample, by its id. Raises InputError where no file matches, or one has a name that is no id."""
         for sample_id, mask, size, change in _sorted(_joined(self._matched())):
-            yield self._reference(self._row(sample_id, mask, f"{change:x}".encode()))._replace(bytes=size)
+            row = self._row(sample_id, mask, f"{change:x}".encode())
+            # Of its files the listing has told all.
+            found = [(field, (0, "")) for field, value in row.values.items() if value is not None]
+            yield self._reference(row, found)._replace(bytes=size)
 
     def rows(self) -> Iterator[Row]:
         """Every sample, by its id."""
@@ -188,16 +207,18 @@ class Folder(RowSource):
     def _matched(self) -> Iterator[_Files]:
         """Every file that a pattern takes."""
         listed, taken, example = 0, 0, ""
-        for listed, file in enumerate(listing(self._path), 1):  # noqa: B007
+        for place, file in ((each, file) for each in self._places for file in listing(each.path)):
+            listed += 1
             if (matched := self._patterns.match(file.path)) is not None:
                 taken, (number, sample_id) = taken + 1, matched
-                check_id(sample_id, f"{self._path}/{file.path}")
+                sample_id = check_id(f"{place.prefix}{sample_id}", f"{place.path}/{file.path}")
                 yield sample_id, 1 << number, file.size, hash64(f"{file.path}\n{file.size}\n{file.change}")
             else:
                 example = example or f", e.g. {file.path!r}"
         if not taken:
             raise InputError(
-                f"{self._path} has no file that matches {', '.join(map(repr, map(str, self._patterns.all)))}; files there: "
+                f"{', '.join(each.path for each in self._places[:5])} has no file that matches "
+                f"{', '.join(map(repr, map(str, self._patterns.all)))}; files there: "
                 f"{listed}{example}; correct corpus.source.path or the fields' patterns, or let `braid init FOLDER` write them"
             )
 
@@ -208,38 +229,42 @@ class Folder(RowSource):
 
     def place(self, reference: SampleRef) -> str:
         """The folder and the id."""
-        return f"{self._path}, sample {reference.id!r}"
+        return f"{self._place_of(reference.id).path}, sample {reference.id!r}"
+
+    def _place_of(self, sample_id: str) -> _Place:
+        """None of the prefixes, which are sorted, begins another: a sample's own is the last that is not behind its id."""
+        return self._places[max(0, bisect_right(self._prefixes, sample_id) - 1)]
 
     def _row(self, sample_id: str, mask: int, content: bytes) -> Row:
+        place = self._place_of(sample_id)
+        if not sample_id.startswith(place.prefix):
+            # Its folder is none of the source's any more: a row without an id says so.
+            return Row({}, {}, content, place.path, mask, 0, f"{place.path}, sample {sample_id!r}")
+        bounds = Bounds((os.path.normpath(place.base.removeprefix("file://")),))
         found: dict[str, list[FolderFile]] = {field: [] for field in self.fields}
         for number, pattern in enumerate(self._patterns.all):
             if mask >> number & 1:
-                path = pattern.path(sample_id)
-                found[pattern.field].append(FolderFile(f"{self._base}/{path}", path))
+                path = pattern.path(sample_id.removeprefix(place.prefix))
+                found[pattern.field].append(FolderFile(f"{place.base}/{path}", f"{place.prefix}{path}", bounds))
         values: dict[str, Value | None] = {
             field: Ambiguous(tuple(files)) if len(files) > 1 else next(iter(files), None)
             for field, files in found.items()
         }
         folder, _, name = sample_id.rpartition("/")
         columns = {"id": sample_id, "folder": folder or None, "name": name}
-        return Row(columns, values, content, self._path, mask, 0, f"{self._path}, sample {sample_id!r}")
+        return Row(columns, values, content, place.path, mask, 0, f"{place.path}, sample {sample_id!r}")
 
 
 class FolderFile(FileValue):
-    """A value in a file of a folder; `source` is its path below it, with which `uri` ends."""
+    """A value in a file of a folder; `source` is its path below the folder that ids are relative to."""
 
     def stat(self) -> tuple[int, str]:
         """Nothing: the listing told its size and its change, which are in its sample's reference."""
         return 0, ""
 
-    def fetch(self) -> bytes:
-        """The file's bytes; DecodeError as FileValue's, and `outside` where a link leads out of the folder."""
-        fs, path = filesystem(self.uri)
-        if "file" in fs.protocol:
-            folder = os.path.realpath(path.removesuffix(self.source))
-            if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
-                raise DecodeError("outside", f"{self.source}: a link that leads out of the corpus's folder")
-        return super().fetch()
+    @property
+    def _outside(self) -> str:
+        return "a link that leads out of the corpus's folder"
 
 
 class Ambiguous(NamedTuple):
@@ -294,6 +319,54 @@ def _sorted(files: Iterator[_Files]) -> Iterator[_Files]:
     rows = (row for part in parts for row in zip(*(part[name].to_pylist() for name in _FILES.names), strict=True))
     for _, its in groupby(rows, key=itemgetter(0)):
         yield reduce(_join, its)
+
+
+def _places(paths: Iterable[str]) -> list[_Place]:
+    """The folders that paths name, by what ids begin with. InputError where there is none, or one lies in another."""
+    tops, found = [], dict[str, str]()
+    for path in paths:
+        top, folders = _named(path.rstrip("/") or "/")
+        tops.append(_base(top))
+        found |= {_base(folder): folder for folder in folders}
+    common = _common(tops)
+    below = {base: base[len(common) + 1 :] for base in found}
+    places = sorted(_Place(f"{below[base]}/" if below[base] else "", folder, base) for base, folder in found.items())
+    for one, other in pairwise(places):
+        if other.prefix.startswith(one.prefix):
+            raise InputError(
+                f"corpus.source.path: folder {other.path} lies in folder {one.path}, and its files would come in twice; name "
+                "one of them"
+            )
+    return places
+
+
+def _named(path: str) -> tuple[str, list[str]]:
+    """The folder before the first pattern or list of a path, and the folders that it names; without one it is itself both."""
+    each = expand([path])
+    if each == [path]:
+        return path, each
+    if any(magic in path for magic in "*?["):
+        # What a pattern finds may be files, and what is hidden.
+        each = [one for one in each if not posixpath.basename(one).startswith(".") and _is_folder(one)]
+    if not each:
+        raise InputError(f"corpus.source.path {path!r} names no folder; correct the pattern")
+    return posixpath.dirname(re.split(r"[*?\[{]", path, maxsplit=1)[0]) or ".", each
+
+
+def _is_folder(path: str) -> bool:
+    fs, there = _client(path)
+    return bool(fs.isdir(there))
+
+
+def _common(bases: list[str]) -> str:
+    """The folder that folders are in, or the one that there is."""
+    kinds = {base.partition("://")[0] for base in bases}
+    if len(kinds) > 1:
+        raise InputError(
+            f"corpus.source.path: {bases[0]} and {bases[-1]} are in no one place; make them corpora of their own"
+        )
+    shared = posixpath.commonpath([base.partition("://")[2] for base in bases]).rstrip("/")
+    return f"{kinds.pop()}://{shared}"
 
 
 def _base(path: str) -> str:

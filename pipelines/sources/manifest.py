@@ -11,6 +11,7 @@ in the order of the rows.
 
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 from featurestore.errors import InputError
@@ -122,5 +123,12 @@ def beside(uri: str, path: str) -> str:
     """The address of a path that stands in a manifest: relative to the manifest's own folder, absolute, or a URI."""
     if "://" in path:
         return path
-    fs, own = filesystem(uri)
-    return str(fs.unstrip_protocol(path if path.startswith("/") else posixpath.join(posixpath.dirname(own), path)))
+    fs, folder = _home(uri)
+    return str(fs.unstrip_protocol(path if path.startswith("/") else posixpath.join(folder, path)))
+
+
+@lru_cache(64)
+def _home(uri: str) -> tuple[Any, str]:
+    """A manifest's client and folder."""
+    fs, path = filesystem(uri)
+    return fs, posixpath.dirname(path)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from featurestore.errors import DecodeError, InputError
@@ -11,11 +11,16 @@ from featurestore.files import MAX_VALUE_BYTES
 from featurestore.identity import check_id
 from featurestore.row_order import BY_ID
 from featurestore.times import RESERVED, TIMESTAMPS, timestamp_ns
+from pipelines.ahead import ahead
 from pipelines.sources import Sample, SampleRef, Value
+from pipelines.sources.bounds import is_far
+from pipelines.sources.files import FileValue
 
 __all__ = ["InlineText", "Record", "Row", "RowSource", "Spoiled", "inline"]
 
 _SHOWN = 80
+_STATS = 32
+"""So many rows' values are asked for at once, where they are on servers: 500 at 30 ms each take 0.6 s, not 15 s."""
 
 
 class InlineText(NamedTuple):
@@ -133,24 +138,32 @@ class RowSource(ABC):
         return True
 
     def references(self) -> Iterator[SampleRef]:
-        """Every row as a reference; InputError names the place of one without an id, or without a right time."""
-        for row in self.rows():
-            yield self._reference(row)
+        """Every row as a reference; InputError names the place of one without an id, or without a right time.
 
-    def _reference(self, row: Row) -> SampleRef:
+        Values on servers are asked for their `stat()` ahead, of `_STATS` rows at once.
+        """
+        rows = iter(self.rows())
+        for row in rows:
+            there = _there(row)
+            yield self._reference(row, [(field, value.stat()) for field, value in there])
+            # The first alone, so that its client is connected when threads share it.
+            if any(isinstance(value, FileValue) and is_far(value.uri) for _, value in there):
+                break
+        for (row, _), stats in ahead(_asked, ((row, _asking(row)) for row in rows), _STATS, 2 * _STATS):
+            yield self._reference(row, stats)
+
+    def _reference(self, row: Row, stats: Iterable[tuple[str, tuple[int, str]]]) -> SampleRef:
+        """`stats` are by field, in the order of their names: workers get a spec's fields in another one than planning does."""
         sample_id, group = self._id_and_group(row)
         self._times(row)
         if not row.columns.keys() <= self._columns:
             self._add_columns(row)
         digest, size = hashlib.sha256(row.content), 0
-        # By name, because workers get a spec's fields in another order than planning does.
-        for field, value in sorted(row.values.items()):
-            if value is not None:
-                self._found.add(field)
-                value_bytes, changed = value.stat()
-                size += value_bytes
-                if changed:
-                    digest.update(f"{value_bytes},{changed};".encode())
+        for field, (value_bytes, changed) in stats:
+            self._found.add(field)
+            size += value_bytes
+            if changed:
+                digest.update(f"{value_bytes},{changed};".encode())
         return SampleRef(sample_id, group, digest.hexdigest()[:16], size, row.uri, row.offset, row.length)
 
     def _add_columns(self, row: Row) -> None:
@@ -189,6 +202,22 @@ class RowSource(ABC):
             kept = {name: value for name, value in row.columns.items() if name not in self._taken}
             columns = {printable(name): printable(value) for name, value in kept.items()} | self._times(row)
             yield Sample(sample_id, group, reference.etag, columns, dict(row.values))
+
+
+def _there(row: Row) -> list[tuple[str, Value]]:
+    """The values that a row has, by the names of their fields."""
+    return [(field, value) for field, value in sorted(row.values.items()) if value is not None]
+
+
+_Asking = list[tuple[str, Callable[[], tuple[int, str]]]]
+
+
+def _asking(row: Row) -> _Asking:
+    return [(field, value.asking() if isinstance(value, FileValue) else value.stat) for field, value in _there(row)]
+
+
+def _asked(asking: tuple[Row, _Asking]) -> list[tuple[str, tuple[int, str]]]:
+    return [(field, stat()) for field, stat in asking[1]]
 
 
 def inline(value: Any, source: str) -> InlineText | Spoiled:

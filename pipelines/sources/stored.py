@@ -1,15 +1,17 @@
 """Shards of the store itself as a source: what `braid compact` writes anew. No spec names it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore import artefact
+from featurestore import artefact, ids
 from featurestore.catalog import Catalog, Snapshot
 from featurestore.corpora import MISSES, QUARANTINE, Corpus
 from featurestore.errors import DecodeError, InputError
+from featurestore.ids import IDS
 from featurestore.storage import Storage
 from featurestore.times import TIMESTAMPS
 from pipelines.sources import Missing, Sample, SampleRef, Source, Value
@@ -80,6 +82,21 @@ class StoredShards:
             for row in self._corpus.live_rows(shard).tolist():
                 sample_id, group, etag, *bytes_ = samples[row]
                 yield SampleRef(sample_id, group, etag, sum(bytes_), shard, row, 0)
+
+    def etags(self, references: Sequence[SampleRef]) -> np.ndarray:
+        """uint64 [n]: hashes of the samples' etags of now, as the id index has them; their rows may have older ones."""
+        stems = [reference.uri.rpartition("-")[0] for reference in references]
+        etags = np.zeros(len(references), np.uint64)
+        for stem in sorted({*stems}):
+            entry = self._snapshot.entries(IDS, self._corpus.name).find(f"{stem}-00000")
+            assert entry is not None
+            index = ids.read(self._snapshot.storage, entry)
+            places = np.asarray(index["part"], np.int64) << 32 | np.asarray(index["row"])
+            order = np.argsort(places)
+            own = [number for number, each in enumerate(stems) if each == stem]
+            wanted = [int(references[n].uri.rpartition("-")[2]) << 32 | references[n].offset for n in own]
+            etags[own] = np.asarray(index["etag"])[order[np.searchsorted(places[order], wanted)]]
+        return etags
 
     def columns(self) -> set[str]:
         """None that anything is checked against."""

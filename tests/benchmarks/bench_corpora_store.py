@@ -149,7 +149,9 @@ def _both(spec: specs.Spec) -> specs.Spec:
 
 
 def _spec(folder: str, path: str) -> specs.Spec:
-    return specs.parse(SPEC.format(folder=folder, name="big").replace(f"{folder}/big}}", f"{path}}}"), "benchmark")
+    return specs.parse(
+        SPEC.format(folder=folder, name="big", read="inline").replace(f"{folder}/big}}", f"{path}}}"), "benchmark"
+    )
 
 
 if __name__ == "__main__":

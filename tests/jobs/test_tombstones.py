@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,20 @@ import pyarrow.compute as pc
 import pytest
 from rich.console import Console
 
-from featurestore.corpora import ROWS
-from featurestore.errors import InputError, NotFound
-from featurestore.ids import IDS
+from featurestore.corpora import ROWS, read_rows
+from featurestore.errors import AlignmentError, DecodeError, InputError, NotFound
+from featurestore.ids import IDS, Ids
 from featurestore.tombstones import TOMBSTONES
 from featurestore.verify import verify
 from featurestore.views import VIEW
 from jobs import plan
+from jobs.compact import compact
 from jobs.run import Runner
 from jobs.spec import load
-from pipelines.ingest import scan
+from pipelines import ingest, shard
+from pipelines.ingest import same, scan
+from pipelines.runner import Job
+from pipelines.sources.files import FileValue
 from tests.conftest import Made, check_same
 
 
@@ -40,6 +45,7 @@ def shard_step(made: Made) -> plan.Step:
     return plan.steps(load(made.spec), made.open().snapshot)[0]
 
 
+TOLD = "1 touched: `braid run` compares them once"
 GONE, CHANGED, TOUCHED = 4, 9, 12
 """Lines of the manifest: taken out; another caption; a sound's file touched."""
 
@@ -72,15 +78,24 @@ def test_the_plan_says_what_is_new_changed_and_gone_and_what_follows(small: Made
     copy = small.copy_to(tmp_path)
     change(copy)
     steps = plan.steps(load(copy.spec), copy.open().snapshot)
-    assert (steps[0].state, steps[0].todo, steps[0].why) == (plan.STALE, 3, "samples: 2 new, 1 changed, 1 gone")
+    assert (steps[0].state, steps[0].todo, steps[0].why) == (
+        plan.STALE,
+        3,
+        f"samples: 2 new, 1 changed, 1 gone; {TOLD}",
+    )
     assert {step.state for step in steps} == {plan.STALE}
     assert shard_step(small).why == "48 samples stored"
 
 
 def test_old_shards_are_left_alone_and_only_new_ones_are_encoded(small: Made, changed: Made) -> None:
     before, after = small.open().snapshot, changed.open().snapshot
-    for kind in (ROWS, VIEW, IDS):
+    for kind in (ROWS, VIEW):
         assert set(before.entries(kind)) < set(after.entries(kind)), kind
+    # Of the id index only the etag of what was touched is another.
+    was, now = Ids(before, "planted"), Ids(after, "planted")
+    there = now.find(was.hash)
+    assert (was.rows == now.rows[there]).all()
+    assert (was.etag != now.etag[there]).sum() == 1
     assert [entry.rows for entry in after.entries(TOMBSTONES, "planted")] == [2]
     assert [*verify(changed.open().storage).findings] == []
     assert shard_step(changed).why == "49 samples stored"
@@ -115,6 +130,102 @@ def test_readers_hand_out_what_is_there_now(small: Made, changed: Made) -> None:
     assert gone not in rows["id"].to_pylist()
     train = store.training_set("heard")
     assert gone not in [sample for split in train.splits for sample in train.to_arrow(split)["id"].to_pylist()]
+
+
+def test_what_was_only_touched_is_compared_by_one_run_and_by_none_after_it(
+    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = small.copy_to(tmp_path / "one"), small.copy_to(tmp_path / "two")
+    compared: list[str] = []
+
+    def counted(*given: Any, **more: Any) -> bool:
+        compared.append(given[2].id)
+        return same(*given, **more)
+
+    monkeypatch.setattr(ingest, "same", counted)
+    for made in (one, two):
+        sounds = {row["id"]: row["sound_path"] for row in manifest(made) if row["sound_path"]}
+        for path in sounds.values():
+            os.utime(made.corpus / path, (1, 1))
+    touched = sorted(sounds)
+    told = f"48 samples stored; {len(touched)} touched: `braid run` compares them once"
+    assert (shard_step(one).state, shard_step(one).why) == (plan.FRESH, told)
+    compared.clear()
+    assert [stage for stage, *_ in run(one)] == ["shard"]
+    assert sorted(compared) == touched
+    compared.clear()
+    assert run(one) == []
+    assert shard_step(one).why == "48 samples stored"
+    assert compared == []
+    before, after = small.open().snapshot, one.open().snapshot
+    assert after.version == before.version + 1
+    assert {entry.kind for entry in set(before.all()) ^ set(after.all())} == {IDS}
+    assert verify(one.open().storage).ok
+    run(two, workers=2)
+    check_same(one.open(), two.open())
+    # Neither an ingest nor a compaction goes back to what the rows have.
+    write(one, manifest(one)[:-1])
+    compared.clear()
+    run(one, "shard")
+    compact(load(one.spec), Console(quiet=True))
+    assert not one.open().corpus("planted").gone
+    assert shard_step(one).why == "47 samples stored"
+    assert compared == []
+    assert not [each for each in verify(one.open().storage).findings if each.kind in (IDS, ROWS)]
+
+
+def test_what_could_not_be_read_when_it_was_compared_is_compared_again(
+    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = small.copy_to(tmp_path)
+    one, other = [copy.corpus / row["sound_path"] for row in manifest(copy) if row["sound_path"]][:2]
+    one.write_bytes(other.read_bytes())
+
+    def away(value: FileValue) -> bytes:
+        raise DecodeError("unreadable", value.source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileValue, "fetch", away)
+        assert shard_step(copy).why == "48 samples stored"
+        assert run(copy) == []
+    assert shard_step(copy).why == "samples: 1 changed"
+
+
+def test_rows_that_are_compared_with_are_not_held(small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = small.copy_to(tmp_path)
+    for path in (copy.corpus / "sounds").iterdir():
+        os.utime(path, (1, 1))
+    held: list[weakref.ref[Any]] = []
+    most = 0
+
+    def watched(*given: Any) -> Any:
+        nonlocal most
+        most = max(most, 1 + sum(each() is not None for each in held))
+        held.append(weakref.ref(rows := read_rows(*given)))
+        return rows
+
+    monkeypatch.setattr(ingest, "read_rows", watched)
+    known = ingest.Known(copy.open().snapshot, "planted")
+    assert plan.ingest(load(copy.spec), copy.open().snapshot, known).touched > 8
+    assert len(held) == 6
+    assert most <= 2
+
+
+def test_another_job_that_renewed_the_same_index_meanwhile_is_not_undone(small: Made, tmp_path: Path) -> None:
+    copy = small.copy_to(tmp_path)
+    sounds = sorted((copy.corpus / "sounds").iterdir())
+    os.utime(sounds[0], (1, 1))
+    spec, snapshot = load(copy.spec), copy.open().snapshot
+    known = ingest.Known(snapshot, "planted")
+    found = plan.ingest(spec, snapshot, known)
+    os.utime(sounds[1], (1, 1))
+    run(copy, "shard")
+    job = Job()
+    renewed = shard.renew(spec.store, "planted", known)
+    shard.build(job, spec.store, plan.corpus_dict(spec), found, snapshot.version, renewed)
+    with pytest.raises(AlignmentError, match=r"or made it again, since .* nothing was published; run it again"):
+        job.run()
+    assert shard_step(copy).why == "48 samples stored"
 
 
 def test_an_earlier_version_still_has_what_is_gone(small: Made, changed: Made) -> None:

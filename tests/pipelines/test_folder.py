@@ -1,6 +1,7 @@
 """Folders as people have them: which file is whose, what is left out, and what becomes of links and of doubles."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ def put(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(f"the text of {name}".encode("utf-8", "surrogateescape"))
+
+
+FIELDS = {name: {"modality": "text", "from": given, "read": None} for name, given in TEXTS.items()}
 
 
 def source_of(folder: Path | str, fields: dict[str, Any] | None = None, **columns: str) -> Folder:
@@ -217,6 +221,60 @@ def test_planning_opens_no_file_and_knows_their_sizes(tmp_path: Path, monkeypatc
     assert sizes == {name: sum(path.stat().st_size for path in tmp_path.glob(f"{name}*.txt")) for name in "ab"}
 
 
+@pytest.mark.parametrize("given", [["f/a", "f/b"], ["f/{a,b}"], ["f/*"], ["f/b", "f/a", "f/a/"], ["f/[ab]"]])
+def test_several_folders_have_ids_of_the_folder_that_they_are_in(tmp_path: Path, given: list[str]) -> None:
+    put(
+        tmp_path, "f/a/1.txt", "f/a/x/2.txt", "f/b/1.txt", "f/b/1_desc.txt", "f/top.txt", "f/.hidden/3.txt", "f/b-/4.md"
+    )
+    shutil.rmtree(tmp_path / "f/b-")
+    paths = [f"{tmp_path}/{each}" for each in given]
+    source = Folder({"source": {"path": paths}, "columns": {"id": "id", "group": "folder"}, "fields": FIELDS})
+    assert found(source) == {
+        "a/1": {"text": "the text of f/a/1.txt"},
+        "a/x/2": {"text": "the text of f/a/x/2.txt"},
+        "b/1": {"text": "the text of f/b/1.txt", "desc": "the text of f/b/1_desc.txt"},
+    }
+    references = list(source.references())
+    assert [each.group for each in references] == ["a", "a/x", "b"]
+    assert source.place(references[2]).endswith("f/b, sample 'b/1'")
+    (sample,) = source.samples(references[2:])
+    assert {field: value.source for field, value in sample.values.items() if value} == {
+        "text": "b/1.txt",
+        "desc": "b/1_desc.txt",
+    }
+
+
+def test_a_pattern_that_finds_one_folder_gives_the_ids_that_it_gives_with_more(tmp_path: Path) -> None:
+    put(tmp_path, "f/a/1.txt")
+    assert [*found(source_of(tmp_path / "f/*"))] == ["a/1"]
+    assert [*found(source_of(tmp_path / "f/a"))] == ["1"]
+    put(tmp_path, "f/a-b/1.txt", "f/c/1.txt")
+    assert [*found(source_of(tmp_path / "f/*"))] == ["a-b/1", "a/1", "c/1"]
+    (tmp_path / "f/a/leak.txt").symlink_to("../c/1.txt")
+    source = source_of(tmp_path / "f/*")
+    values = {each.id: each.values["text"] for each in source.samples(source.references())}
+    with pytest.raises(DecodeError, match=r"outside: a/leak\.txt: a link that leads out"):
+        values["a/leak"].fetch()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["f", "f/a"], "folder .*f/a lies in folder .*f, and its files would come in twice; name one of them"),
+        (["f/*", "f/a/x"], "folder .*f/a/x lies in folder .*f/a, and"),
+        (["f/*.d"], "names no file; correct the pattern"),
+        (["f/*.txt"], "names no folder; correct the pattern"),
+        (["f/a", "s3://bucket/b"], "are in no one place; make them corpora of their own"),
+        (["f/{a,nowhere}"], "nowhere cannot be read: No such file or directory"),
+    ],
+)
+def test_folders_that_cannot_be_one_corpus_are_told(tmp_path: Path, given: list[str], told: str) -> None:
+    put(tmp_path, "f/a/x/1.txt", "f/b/1.txt", "f/2.txt")
+    paths = [each if "://" in each else f"{tmp_path}/{each}" for each in given]
+    with pytest.raises(InputError, match=told):
+        list(Folder({"source": {"path": paths}, "columns": {"id": "id"}, "fields": FIELDS}).references())
+
+
 def test_links_are_followed_to_files_and_never_out_of_the_folder(tmp_path: Path) -> None:
     put(tmp_path, "in/real/a.txt", "out/secret.txt", "in.txt")
     folder = tmp_path / "in"
@@ -352,7 +410,6 @@ corpus:
             "modality: text, read: inline, from: [",
             "a folder's values are files: leave it out",
         ),
-        ("path: x/in", "path: [x/in, x/on]", "line 5: corpus.source.path: is a list: a folder's ids would not be"),
         ("type: folder", "type: manifest", 'line 8: corpus.fields.text.from: ["{id}.txt", "{id}.md"] is a list: name'),
     ],
 )
@@ -410,7 +467,8 @@ def test_a_run_stores_every_sample_once_and_a_second_one_only_what_is_new(tmp_pa
     (folder / "ü/4.txt").unlink()
     (folder / "ü/4_desc.txt").unlink()
     os.utime(folder / "a/2.txt", (1, 1))
-    assert shard_step(text, grown) == (plan.STALE, 2, 16, "samples: 2 changed, 1 gone")
+    told = "samples: 2 changed, 1 gone; 2 touched: `braid run` compares them once"
+    assert shard_step(text, grown) == (plan.STALE, 2, 16, told)
 
 
 def shard_step(text: str, store: FeatureStore) -> tuple[str, int, int, str]:

@@ -75,6 +75,27 @@ def test_what_a_server_does_not_mend_is_rejected(site: Site, path: str, requests
     assert site.asked == {f"GET {path}": requests}
 
 
+def test_many_values_are_asked_for_at_once_and_come_in_their_order(site: Site, tmp_path: Path) -> None:
+    path, count = tmp_path / "m.jsonl", 160
+    (tmp_path / "near.txt").write_text("near")
+    notes = [site.uri(f"late?{number}") if number % 10 != 3 else "near.txt" for number in range(count)]
+    path.write_text("".join(json.dumps({"id": f"s{n:03}", "note": note}) + "\n" for n, note in enumerate(notes)))
+    source = open_source(CORPUS | {"source": {"type": "manifest", "path": [str(path)]}})
+    begun = time.monotonic()
+    found = source.references()
+    first = next(found)
+    assert site.asked.total() == 1
+    references = [first, *found]
+    assert time.monotonic() - begun < 0.5 * 0.03 * count
+    assert [reference.id for reference in references] == [f"s{n:03}" for n in range(count)]
+    assert {reference.bytes for reference in references} == {len(BODY), 4}
+    assert site.asked.total() == 0.9 * count
+    assert 8 < site.most_at_once <= 32
+    assert len({reference.etag for reference in references}) == count
+    again = [source.place(reference) for reference in references[:2]]
+    assert again == [f"{path}, line 1", f"{path}, line 2"]
+
+
 def test_of_a_body_longer_than_was_said_nothing_reaches_the_next_value(site: Site) -> None:
     """Whether it is rejected or cut where it was said to end depends on when the rest of it comes."""
     for _ in range(5):
