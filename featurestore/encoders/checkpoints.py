@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -105,14 +105,18 @@ class CheckpointEncoder(BaseEncoder):
         folder, dtype, unused = self.folder, self.options.dtype, tuple(unused)
         # On a GPU each process copies its weights anyway.
         if device() == "cpu" and converted.differs(folder, dtype):
-            card, options = self.card(), self.options.model_dump(mode="json", by_alias=True)
-            told = {"files": card["weights"], "libraries": card["libraries"], "dtype": dtype}
-            folder = converted.folder_of_copy(converted.Copy(self.key, options, auto, unused), told) or folder
-        loaded = part(self.read(folder, auto, unused))
+            card = self.card()
+            told = {"files": card["weights"], "libraries": card["libraries"], "class": auto, "dtype": dtype}
+            folder = converted.folder_of_copy(told, partial(self._save, auto, unused)) or folder
+        loaded = part(self._read(folder, auto, unused))
         return placed(loaded, channels_last=channels_last, compiled=(method,) * self.options.compiled)
 
-    def read(self, folder: Path, auto: str, unused: tuple[str, ...]) -> Any:
-        """Load the model from a folder, whole, in `dtype` and on the CPU. InputError as of `model`."""
+    def _save(self, auto: str, unused: tuple[str, ...], folder: Path) -> None:
+        loaded = self._read(self.folder, auto, unused)
+        with silent():
+            loaded.save_pretrained(folder)
+
+    def _read(self, folder: Path, auto: str, unused: tuple[str, ...]) -> Any:
         import torch
         import transformers
         from safetensors import SafetensorError

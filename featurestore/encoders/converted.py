@@ -6,32 +6,22 @@ process maps that. Its numbers are those of a model that was converted as it was
 """
 
 import fcntl
+import gc
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from featurestore.encoders import find
+from featurestore.encoders.runtime import giving_memory_back
 
-__all__ = ["Copy", "cache_folder", "differs", "folder_of_copy"]
+__all__ = ["cache_folder", "differs", "folder_of_copy"]
 
 _HEADER_BYTES = 8
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-class Copy(NamedTuple):
-    """A model to be converted: its encoder, the class of transformers that loads it, and which weights may be missing."""
-
-    key: str
-    options: dict[str, Any]
-    auto: str
-    unused: Sequence[str]
 
 
 def cache_folder(what: str) -> Path:
@@ -56,16 +46,14 @@ def _dtypes(path: Path) -> set[str]:
             return set()
 
 
-def folder_of_copy(wanted: Copy, told: Mapping[str, Any]) -> Path | None:
-    """The folder of a model in its dtype, converted where it is not there yet; None where that fails.
-
-    It is done in a process of its own, because what one converts with would stay with it.
+def folder_of_copy(told: Mapping[str, Any], save: Callable[[Path], None]) -> Path | None:
+    """The folder of a model in its dtype, saved there where it was not yet; None where nothing can be written.
 
     Args:
-        wanted: the model.
-        told: JSON values that say which one it is: another has another folder.
+        told: JSON values that say which model it is: another has another folder.
+        save: loads it in that dtype, saves it into a folder and lets go of it.
     """
-    name = hashlib.sha256(json.dumps([told, wanted.auto], sort_keys=True).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
     cache = cache_folder("converted")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -73,32 +61,19 @@ def folder_of_copy(wanted: Copy, told: Mapping[str, Any]) -> Path | None:
             # One process converts, the others wait for it.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (cache / name).is_dir():
-                _convert(wanted, cache / name)
-    except (OSError, subprocess.CalledProcessError):
+                _place(save, cache / name)
+    except OSError:
         return None
     return cache / name
 
 
-def _convert(wanted: Copy, target: Path) -> None:
+def _place(save: Callable[[Path], None], target: Path) -> None:
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}-"))
-    command = [sys.executable, "-m", __spec__.name, json.dumps(wanted), str(aside)]
     try:
-        # What it has to say is said again by who loads the checkpoint as it is.
-        subprocess.run(
-            command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        # Else what was converted would stay with this process.
+        with giving_memory_back():
+            save(aside)
+            gc.collect()
         aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def main(wanted: str, folder: str) -> None:
-    """Loads a model as its encoder does, its weights checked, and saves it into a folder."""
-    key, options, auto, unused = Copy(*json.loads(wanted))
-    encoder: Any = find(key, options)
-    model = encoder.read(encoder.folder, auto, tuple(unused))
-    model.save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "device", "keep_freed_memory", "lacks_memory", "placed", "stacked", "to_device", "to_host", "tune_process", "turns",
+    "device", "giving_memory_back", "keep_freed_memory", "lacks_memory", "placed", "stacked", "to_device", "to_host",
+    "tune_process", "turns",
 ]  # fmt: skip
 
 ON_GPU = 2
@@ -33,6 +34,7 @@ ON_GPU = 2
 # mallopt's parameters (malloc.h). glibc takes a mmap threshold of at most 32 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MIB = 2**20
+_keeps = False
 
 _SHORT = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where memory is short and it raises no class of its own: its CPU allocator, CUDA, cuBLAS."""
@@ -145,6 +147,8 @@ def keep_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
+    global _keeps
+    _keeps = True
     mallopt = ctypes.CDLL(None).mallopt
     taken = [
         mallopt(_M_MMAP_THRESHOLD, 32 * _MIB),
@@ -152,6 +156,23 @@ def keep_freed_memory() -> bool:
         mallopt(_M_TOP_PAD, 64 * _MIB),
     ]
     return all(taken)
+
+
+@contextmanager
+def giving_memory_back() -> Iterator[None]:
+    """Within, what is large and freed goes back to the system at once, also where the process keeps it else (glibc only)."""
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    # What is mapped by itself is unmapped by itself, whichever thread asked for it; and no arena has room that it would go to.
+    mallopt(_M_MMAP_THRESHOLD, _MIB // 8)
+    mallopt(_M_TOP_PAD, 0)
+    try:
+        yield
+    finally:
+        if _keeps:
+            keep_freed_memory()
 
 
 def tune_process(torch_threads: int = 1) -> bool:

@@ -65,9 +65,9 @@ def cases(folder: Path) -> list[Case]:
     vit, wave = ({"checkpoint": str(make(folder))} for make in (encoding.vit_b32, encoding.wav2vec2_base))
     images, texts, sounds = encoding.images, encoding.captions, encoding.sounds
     return [
-        Case("efficientnet-lite0", "efficientnet-lite0", {}, "image", images, 768, 128, 64, _efficientnet),
-        Case("ViT-B/32", "hf-image", vit, "image", images, 192, 32, 32, _vit),
-        Case("MiniLM on captions", "minilm-l6", {}, "text", texts, 2048, 256, 256, _minilm, _tokenized),
+        Case("efficientnet-lite0", "efficientnet-lite0", {}, "image", images, 512, 64, 64, _efficientnet),
+        Case("ViT-B/32", "hf-image", vit, "image", images, 128, 32, 32, _vit),
+        Case("MiniLM on captions", "minilm-l6", {}, "text", texts, 1536, 256, 256, _minilm, _tokenized),
         Case("wav2vec 2.0 base", "hf-audio", wave, "audio", sounds, 32, 8, 8, _wav2vec2),
     ]
 
@@ -153,15 +153,9 @@ def _minilm(encoder: BaseEncoder, values: list[str]) -> Forwards:
 
 
 def _wav2vec2(encoder: BaseEncoder, values: list[Any]) -> Forwards:
-    def batches(size: int) -> list[Any]:
-        waves = [wave for wave, _ in values]
-        cut = [waves[at : at + size] for at in range(0, len(waves), size)]
-        return [
-            torch.from_numpy(np.stack([np.pad(each, (0, len(own[-1]) - len(each))) for each in own])) for own in cut
-        ]
-
-    model = encoder.load()
-    return {f"batch {size}": partial(_run, model, batches(size)) for size in (1, 2, 4, 8)}
+    """One by one: the base model's first normalisation runs over time, so padding would change every vector of a batch."""
+    waves = [torch.from_numpy(wave)[None] for wave, _ in values]
+    return {"batch 1": partial(_run, encoder.load(), waves)}
 
 
 def decoding(vit: dict[str, Any]) -> list[Bar]:
@@ -174,7 +168,7 @@ def decoding(vit: dict[str, Any]) -> list[Bar]:
     ):
         rounds = []
         for _ in range(ROUNDS):
-            ours = cpu_s(partial(_each, encoder.decode, raws))
+            ours = min(cpu_s(partial(_each, encoder.decode, raws)) for _ in range(3))
             theirs = min(cpu_s(partial(_each, partial(hand, gap), raws)) for gap in (None, 2.0, 3.0))
             rounds.append((ours / theirs, ours, theirs))
         ratio, ours, theirs = sorted(rounds)[ROUNDS // 2]
@@ -217,7 +211,7 @@ def buckets() -> Bar:
     """MiniLM over captions in the order that a shard's batches have, over the same in the file's order with padding."""
     encoder = encoders.find("minilm-l6")
     encoder.load()
-    texts = [encoder.decode(raw) for raw in encoding.captions(1024)]
+    texts = [encoder.decode(raw) for raw in encoding.captions(384)]
     ordered = sorted(texts, key=lambda text: (len(text.encode()), text))
 
     def encode(values: list[str]) -> None:

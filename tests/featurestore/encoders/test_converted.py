@@ -6,7 +6,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,18 +33,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is converted, in this process: another would take its time to start."""
-    done: list[str] = []
-
-    def run(command: list[str], **_: Any) -> None:
-        done.append(command[-2])
-        try:
-            converted.main(*command[-2:])
-        except InputError as error:
-            raise subprocess.CalledProcessError(1, command) from error
-
-    monkeypatch.setattr("featurestore.encoders.converted.subprocess.run", run)
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What is converted."""
+    done: list[Path] = []
+    plain = converted._place
+    monkeypatch.setattr(converted, "_place", lambda save, target: done.append(target) or plain(save, target))
     return done
 
 
@@ -54,7 +46,6 @@ def vectors(encoder: encoders.BaseEncoder) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", KINDS)
-@pytest.mark.usefixtures("here")
 def test_a_copy_in_another_dtype_gives_the_same_bytes(case: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = vectors(found(case, dtype="bfloat16"))
     (folder,) = (each for each in cache.iterdir() if each.is_dir())
@@ -81,14 +72,13 @@ def test_where_nothing_can_be_written_the_process_has_its_own(tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("cache")
-def test_of_several_at_once_one_converts(here: list[str]) -> None:
+def test_of_several_at_once_one_converts(saved: list[Path]) -> None:
     options = {"checkpoint": str(checkpoint("bert")), "dtype": "float16"}
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: encoders.find("hf-text", options).load(), range(4)))
-    assert len(here) == 1
+    assert len(saved) == 1
 
 
-@pytest.mark.usefixtures("here")
 def test_a_checkpoint_that_is_not_whole_is_told_and_not_converted(cache: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint("bert"), tmp_path / "bert"))
     tensors = load_file(folder / "model.safetensors")
@@ -118,6 +108,7 @@ print(anonymous() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="of Linux alone")
 def test_a_process_holds_no_copy_of_its_own(cache: Path, tmp_path: Path) -> None:
     model = ViTModel(ViTConfig(hidden_size=768, num_hidden_layers=6, patch_size=32))
