@@ -51,6 +51,10 @@ def open_catalog(storage: Storage) -> Snapshot:
 def corpus_dict(spec: Spec) -> dict[str, Any]:
     """The corpus part of a spec, as it travels to workers, and which fields no view would ever decode."""
     corpus: dict[str, Any] = spec.corpus.model_dump(mode="json", by_alias=True)
+    source = corpus["source"]
+    if spec.corpus.media == "reference" and spec.store.media_root is not None:
+        # Who names the root of what stays in its files allows what is there.
+        source["root"] = [*(source["root"] or ()), spec.store.media_root]
     viewed = {field for view in spec.views.values() for field in view.reads}
     return corpus | {"unviewed": sorted(corpus["fields"].keys() - viewed)}
 

@@ -189,11 +189,13 @@ class ClockSpec(_Node):
 class SourceSpec(_Node):
     """Where the samples come from: files, or folders, at one path or several, with patterns (`*`) and lists (`{00..99}`).
 
-    A webdataset with `adopt` is indexed where it lies: each tar is a shard, its values stay in it.
+    A webdataset with `adopt` is indexed where it lies: each tar is a shard, its values stay in it. Files that rows name are
+    read from the folder of the file that the rows are in, and from `root`: more folders, or beginnings of addresses.
     """
 
     type: Literal["manifest", "folder", "webdataset", "parquet", "streams"]
     path: Texts
+    root: Texts | None = None
     adopt: bool = False
     windows: WindowsSpec | None = None
 

@@ -380,6 +380,9 @@ def _of_source(tree: Document) -> Iterator[Mistake]:
     elif source.get("adopt") is True and sections.get("media") == "copy":
         text = "'copy' is not what adopt does, which leaves values in their tars: leave one of them out"
         yield tree.mistake(("corpus", "media"), text)
+    if "root" in source and source.get("type") in ("folder", "webdataset"):
+        text = "only rows name files that may lie elsewhere: write type: manifest, parquet or streams, or leave it out"
+        yield tree.mistake(("corpus", "source", "root"), text)
     if source.get("type") == "folder":
         yield from _of_folder(columns, given, tree)
     elif source.get("type") in ("manifest", "parquet"):

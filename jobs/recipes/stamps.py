@@ -258,8 +258,10 @@ def _make(out: Path, stamps_dir: Path | None) -> str:
     known = digest == CONTENT_SHA256
     if known and counts != EXPECTED:
         raise AssertionError(f"the package is right, but its fields count {counts}, not {EXPECTED}")
-    prefix = "stamps" if stamps_dir is None else stamps_dir.absolute().as_posix()
-    written = write_manifest(rows, prefix, out / "stamps.jsonl")
+    if stamps_dir is not None and stamps_dir.resolve() != (out / "stamps").resolve():
+        # Beside the manifest: a manifest's files outside of its folder are not read.
+        shutil.copytree(stamps_dir, out / "stamps", dirs_exist_ok=True)
+    written = write_manifest(rows, "stamps", out / "stamps.jsonl")
     groups, labels = (len({row[column] for row in rows}) for column in ("group", "label"))
     fields = ", ".join(f"{field} {count}" for field, count in counts.items())
     report = f"{out / 'stamps.jsonl'}: {len(rows)} samples, {groups} groups, {labels} labels; present: {fields}"

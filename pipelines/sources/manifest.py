@@ -1,8 +1,9 @@
 """Manifests: one sample a row, with paths or inline text per field, plus labels and columns.
 
 A file's ending says what it is: JSON Lines (.jsonl, .ndjson, .json); a table of cells under a line of names (.csv, .tsv), whose
-values are all texts; or Parquet (.parquet). Paths are relative to the manifest's own folder, or absolute, or URIs. `null`, an
-absent key or cell and `""` mean that the value is absent. Bytes that are not UTF-8 spoil only the value they stand in: they
+values are all texts; or Parquet (.parquet). Paths are relative to the manifest's own folder, or absolute, or URIs; where they
+may lead bounds.py says, and what leads elsewhere goes to quarantine as `outside`. `null`, an absent key or cell and `""` mean
+that the value is absent. Bytes that are not UTF-8 spoil only the value they stand in: they
 reach quarantine as they are. A text may be a number or a truth; a list or an object goes to quarantine as `not_text`.
 
 A line is read again alone, but a row of a Parquet file only with its row group: where all paths end in .parquet, shards are cut
@@ -11,13 +12,13 @@ in the order of the rows.
 
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, Protocol
 
 from featurestore.errors import InputError
 from featurestore.files import filesystem
 from featurestore.row_order import BY_ID, BY_SOURCE
 from pipelines.sources import SampleRef, Source, Value
+from pipelines.sources.bounds import Bounds, bounds_of
 from pipelines.sources.files import FileValue, expand
 from pipelines.sources.parquet_rows import ParquetRows
 from pipelines.sources.rows import Record, Row, RowSource, inline
@@ -54,6 +55,7 @@ class Manifest(RowSource):
         fields = [field["from"] for field in corpus["fields"].values()]
         super().__init__(corpus, fields)
         self.order = BY_SOURCE if all(path.lower().endswith(".parquet") for path in self.paths) else BY_ID
+        self._named = Named(corpus["source"])
         json_lines = JsonLines()
         self._formats: dict[str, Format] = {
             ".jsonl": json_lines,
@@ -112,23 +114,32 @@ class Manifest(RowSource):
             elif isinstance(given, list | dict) or self._is_inline(field):  # those are no paths either
                 values[name] = inline(given, posixpath.basename(uri))
             else:
-                values[name] = FileValue(beside(uri, str(given)), str(given).encode("utf-8", "replace").decode())
+                values[name] = self._named.file(uri, str(given))
         return values
 
     def _is_inline(self, field: dict[str, Any]) -> bool:
         return bool((field["read"] or ("inline" if field["modality"] == "text" else "file")) == "inline")
 
 
-def beside(uri: str, path: str) -> str:
-    """The address of a path that stands in a manifest: relative to the manifest's own folder, absolute, or a URI."""
-    if "://" in path:
-        return path
-    fs, folder = _home(uri)
-    return str(fs.unstrip_protocol(path if path.startswith("/") else posixpath.join(folder, path)))
+class Named:
+    """Files that the rows of a source's files name.
 
+    Args:
+        source: the source part of a corpus; its `root` are folders and beginnings of addresses that they may also lie in.
+    """
 
-@lru_cache(64)
-def _home(uri: str) -> tuple[Any, str]:
-    """A manifest's client and folder."""
-    fs, path = filesystem(uri)
-    return fs, posixpath.dirname(path)
+    def __init__(self, source: dict[str, Any]) -> None:
+        self._roots = source.get("root") or ()
+        self._homes: dict[str, tuple[Any, str, Bounds]] = {}
+
+    def file(self, uri: str, path: str) -> FileValue:
+        """The file of a path that stands in `uri`: relative to its folder, absolute, or an address."""
+        if uri not in self._homes:
+            fs, own = filesystem(uri)
+            self._homes[uri] = fs, posixpath.dirname(own), bounds_of(uri, self._roots)
+        fs, folder, bounds = self._homes[uri]
+        source = path.encode("utf-8", "replace").decode()
+        if "://" in path:
+            return FileValue(path, source, bounds)
+        whole = path if path.startswith("/") else posixpath.join(folder, path)
+        return FileValue(str(fs.unstrip_protocol(whole)), source, bounds)

@@ -2,8 +2,8 @@
 
 A field's `from` is a column: binary or large_binary; string, of texts or, with `read: file`, of paths; or a struct
 `{bytes: binary, path: string}`, where a null in `bytes` means the file at `path`. Paths are relative to the Parquet file, or
-absolute, or URIs. A null, and an empty text or path, mean that the value is absent. Columns that hold bytes and are no field's
-are left out; all others are kept.
+absolute, or URIs, within what bounds.py allows. A null, and an empty text or path, mean that the value is absent. Columns that
+hold bytes and are no field's are left out; all others are kept.
 
 Planning reads no column of bytes: a sample's etag is of its other columns, its row's number, and its file's size and etag or
 time of change; the size of a value is its share of a mean row of its row group. (Of `{bytes, path}` it reads both where a row
@@ -28,8 +28,8 @@ from featurestore.errors import InputError
 from featurestore.files import MAX_VALUE_BYTES, filesystem, too_large
 from featurestore.row_order import BY_SOURCE
 from pipelines.sources import SampleRef, Source, Value, parquet_rows
-from pipelines.sources.files import FileValue, change_of, expand
-from pipelines.sources.manifest import beside
+from pipelines.sources.files import change_of, expand
+from pipelines.sources.manifest import Named
 from pipelines.sources.parquet_rows import (
     Meanings,
     Spool,
@@ -120,7 +120,7 @@ class Parquet(RowSource):
 
     def __init__(self, corpus: dict[str, Any]) -> None:
         super().__init__(corpus, (field["from"] for field in corpus["fields"].values()))
-        self._meanings = Meanings.of(corpus["columns"])
+        self._meanings, self._named = Meanings.of(corpus["columns"]), Named(corpus["source"])
 
     def rows(self) -> Iterator[Row]:
         """Every row. InputError names a file that is no Parquet, or a column of a wrong type."""
@@ -198,10 +198,13 @@ class Parquet(RowSource):
             if name in row.values:
                 values[name] = row.values[name]
             elif field["read"] == "file":
-                values[name] = _file(row.uri, text)
+                values[name] = self._file(row.uri, text)
             else:
                 values[name] = inline(text, posixpath.basename(row.uri)) if text else None
         return row._replace(values=values)
+
+    def _file(self, uri: str, path: str | None) -> Value | None:
+        return self._named.file(uri, path) if path else None
 
     def _paths(self, opened: _Opened, batch: parquet_rows.Batch, name: str) -> list[str | None]:
         """What stands in the `path` of a column of `{bytes, path}`."""
@@ -220,7 +223,7 @@ class Parquet(RowSource):
             for place, number in enumerate(batch.numbers):
                 held = column is None or column[place].is_valid
                 cell = Cell(size, f"{opened.change},{number}", source)
-                found.append(cell if held else _file(opened.uri, paths[place]))
+                found.append(cell if held else self._file(opened.uri, paths[place]))
             return found
         assert column is not None
         for scalar, path in zip(column, paths, strict=True):
@@ -229,7 +232,7 @@ class Parquet(RowSource):
                 offset = spool.add(raw) if raw.size <= MAX_VALUE_BYTES else 0
                 found.append(Cell(raw.size, "", source, spool, offset))
             else:
-                found.append(_file(opened.uri, path))
+                found.append(self._file(opened.uri, path))
         return found
 
 
@@ -239,10 +242,6 @@ def _bytes_in(columns: pa.RecordBatch, name: str) -> pa.Array | None:
     if column is None or not pa.types.is_struct(column.type):
         return column
     return pc.struct_field(column, "bytes") if column.type.get_field_index("bytes") >= 0 else None
-
-
-def _file(uri: str, path: str | None) -> Value | None:
-    return FileValue(beside(uri, path), path.encode("utf-8", "replace").decode()) if path else None
 
 
 def _check(uri: str, name: str, field: dict[str, Any], kind: pa.DataType) -> None:

@@ -145,7 +145,7 @@ def test_a_folder_without_png_or_with_a_caption_that_is_not_utf_8_is_refused(tmp
         stamps.build_rows(tmp_path)
 
 
-def test_a_folder_of_ones_own_is_named_by_absolute_paths(
+def test_a_folder_of_ones_own_is_copied_beside_the_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree = write_tree(tmp_path / "tree", FILES)
@@ -153,7 +153,9 @@ def test_a_folder_of_ones_own_is_named_by_absolute_paths(
     manifest = tmp_path / "out/stamps.jsonl"
     assert stamps.main(["--out", str(tmp_path / "out")]) == 0
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    assert all(Path(row["image_path"]).is_absolute() and Path(row["image_path"]).is_file() for row in rows)
+    assert all(
+        row["image_path"].startswith("stamps/") and (manifest.parent / row["image_path"]).is_file() for row in rows
+    )
     assert "4 samples, 3 groups, 2 labels" in capsys.readouterr().out
     before = manifest.stat().st_mtime_ns, manifest.read_bytes()
     assert stamps.main(["--out", str(tmp_path / "out")]) == 0

@@ -126,7 +126,8 @@ def test_paths_that_name_nothing_that_can_be_read_are_rejected_one_by_one(tmp_pa
     rows = [{"id": f"{n}", "it": path} for n, path in enumerate(paths)]
     corpus = settings(tmp_path, "text", [*rows, {"id": "good", "it": "good.txt"}, {"id": "none"}])
     shard_corpus(Storage.of(tmp_path / "store"), corpus)
-    assert reasons(tmp_path / "store") == {f"{n}": "unreadable" for n, path in enumerate(paths) if path}
+    told = {f"{n}": "outside" if path == "file://" else "unreadable" for n, path in enumerate(paths) if path}
+    assert reasons(tmp_path / "store") == told
     counts = {"present": 1, "missing": 2, "quarantined": len(paths) - 1}
     assert field_counts(FeatureStore(tmp_path / "store"), "bad")["it"] == counts
     for row in rejected(FeatureStore(tmp_path / "store"), "bad"):

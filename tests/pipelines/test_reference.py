@@ -28,6 +28,7 @@ from featurestore.store import FeatureStore
 from featurestore.verify import verify
 from jobs import compact, plan
 from jobs import spec as specs
+from jobs.report import rejected
 from jobs.run import Runner
 from pipelines import dataflow, encode, encode_plan
 from pipelines.shard_writer import ShardTask, ShardWriter
@@ -425,20 +426,17 @@ def test_a_value_outside_of_the_root_is_not_referred_to(tmp_path: Path, uri: str
         references.relative(Storage(uri=str(tmp_path), media_root="/data"), uri)
 
 
-def test_a_source_that_names_a_value_outside_of_its_root_stores_nothing(tmp_path: Path) -> None:
+def test_a_value_outside_of_the_root_is_rejected_and_in_where_a_larger_one_is_named(tmp_path: Path) -> None:
     made = Sounds(tmp_path)
     manifest = made.corpus / "manifest.jsonl"
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     outside = shutil.move(made.corpus / rows[0]["sound_path"], tmp_path / "outside.wav")
     rows[0]["sound_path"] = str(outside)
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        InputError, match=rf"{outside} is to be referred to and lies outside of {made.corpus}; name a folder"
-    ):
-        made.run()
-    assert Catalog(Storage.of(tmp_path / "store")).snapshot().all() == []
-    made.text = made.text.replace(f"{tmp_path}/store", f"{tmp_path}/store, media_root: {tmp_path}")
-    corpus = made.run().corpus("planted")
+    (bad,) = [row for row in rejected(made.run("shard"), "planted") if row["reason"] == "outside"]
+    assert (bad["id"], bad["field"]) == (rows[0]["id"], "sound")
+    made.text = made.text.replace(f"{tmp_path}/store", f"{tmp_path}/other, media_root: {tmp_path}")
+    corpus = made.run("shard").corpus("planted")
     assert corpus.rows == SAMPLES
     assert corpus.value(*corpus.locate(rows[0]["id"]), "sound") == Path(outside).read_bytes()
 
