@@ -30,7 +30,7 @@ from pipelines.sources import SampleRef
 from tests.conftest import Made, small_spec
 from tests.planted import SHARD_ROWS, write_planted
 
-MAX_ELEMENT_BYTES = 2048
+MAX_ELEMENT_BYTES = 3 << 10
 SAMPLES = 48
 
 
