@@ -1,8 +1,8 @@
 """Damaged and hostile source files: a run ends, with every value stored or in quarantine, or with one clear error before it.
 
-Some files of each kind in the suite, 10,000 of each in `make soak` (recordings share them); the same ones each time. What Python opens is
-watched: nothing is read but the corpus, the store, and what the interpreter has of its own (FFmpeg opens files by itself, and
-is given none by name).
+Some files of each kind in the suite, 10,000 of each in `make soak` (recordings share them); the same ones each time. What
+Python opens is watched: nothing is read but the corpus, the store, and what the interpreter has of its own (FFmpeg opens files
+by itself, and is given none by name).
 """
 
 import csv
