@@ -83,9 +83,13 @@ class IngestDigest:
 
 
 def check_id(sample_id: object, where: str) -> str:
-    """Returns a sample's id, or raises an InputError that says where it stands and what is wrong with it."""
+    """Returns a sample's id, or of a whole number its digits; an InputError says where it stands and what is wrong."""
+    if isinstance(sample_id, int) and not isinstance(sample_id, bool):
+        sample_id = str(sample_id)
     if not isinstance(sample_id, str) or not sample_id:
-        raise InputError(f"{where}: id {sample_id!r} is not a non-empty text; give every sample an id")
+        raise InputError(
+            f"{where}: id {sample_id!r} is not a non-empty text or a whole number; give every sample an id"
+        )
     try:
         size = len(sample_id.encode())
     except UnicodeEncodeError:

@@ -10,6 +10,7 @@ from featurestore.errors import InputError
 from featurestore.identity import MAX_ID_BYTES
 from featurestore.times import RESERVED, timestamp_ns
 from jobs.guesses import MAX_LABELS, MIN_PER_LABEL, Columns, Field, field_name, modality_of
+from pipelines.sources.rows import ROW
 
 __all__ = ["of_rows"]
 
@@ -78,14 +79,14 @@ def of_rows(
         id_column: the column that the source has ids in by itself, if it has one.
 
     Raises:
-        InputError: no column can be the id, or one has a name that Braid needs for itself.
+        InputError: a column `id` is none of ids, or one has a name that Braid needs for itself.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = {name: [row[name] for row in rows if row.get(name) not in (None, "")] for name in names}
     is_id = _ids(values, len(rows))
     roles: dict[str, str] = {}
     if id_column is None:
-        roles["id"] = _id_of(names, is_id, where)
+        roles["id"] = _id_of(names, is_id, values, rows, where)
     for role, allowed in (("event_timestamp", TIMES), ("available_timestamp", AVAILABLE)):
         if time := next((name for name in allowed if values.get(name) and all(map(_is_time, values[name]))), None):
             roles[role] = time
@@ -103,24 +104,47 @@ def of_rows(
 
 
 def _ids(values: Mapping[str, Sequence[Any]], count: int) -> set[str]:
-    """Columns with another text in each row."""
-    return {
-        name
-        for name, its in values.items()
-        if len(its) == count and _are_texts(its) and len(set(its)) == count and max(map(len, its)) * 4 <= MAX_ID_BYTES
-    }
-
-
-def _id_of(names: Sequence[str], is_id: set[str], where: str) -> str:
-    if "id" in names and "id" not in is_id:
-        raise InputError(f"{where}: column 'id' is not another text in each row; make it that, or rename it")
-    found = next((name for name in (*IDS, *names) if name in is_id), None)
-    if found is None:
-        raise InputError(
-            f"{where}: no column has another text in each row, as ids of samples are; add one, e.g. 'id'; columns: "
-            f"{', '.join(map(repr, names[:50]))}"
-        )
+    """Columns with another text in each row, but sentences; or with another whole number, where the name is an id's."""
+    found = set()
+    for name, its in values.items():
+        numbers = name.lower() in IDS and all(isinstance(value, int) and not isinstance(value, bool) for value in its)
+        texts = _are_texts(its) and (name.lower() in IDS or not _is_prose(name, its))
+        if (numbers or texts) and len(its) == count == len(set(its)) and _longest(its) * 4 <= MAX_ID_BYTES:
+            found.add(name)
     return found
+
+
+def _longest(values: Sequence[Any]) -> int:
+    return max(len(str(value)) for value in values)
+
+
+def _id_of(
+    names: Sequence[str],
+    is_id: set[str],
+    values: Mapping[str, Sequence[Any]],
+    rows: Sequence[Mapping[str, Any]],
+    where: str,
+) -> str:
+    """The column of ids; ROW where no column can be it."""
+    if "id" in names and "id" not in is_id:
+        raise InputError(
+            f"{where}: column 'id' is none of ids: {_no_ids(values['id'], rows)}; correct it, or rename it"
+        )
+    return next((name for name in (*IDS, *names) if name in is_id), ROW)
+
+
+def _no_ids(values: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Why a column `id` is none, with the rows, counted from 1."""
+    first: dict[Any, int] = {}
+    for number, row in enumerate(rows, 1):
+        value = row.get("id")
+        if value in (None, ""):
+            return f"row {number} has none"
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            return f"{str(value)[:40]!r} in row {number} is no text and no whole number"
+        if first.setdefault(value, number) != number:
+            return f"{str(value)[:40]!r} stands twice, in rows {first[value]} and {number}"
+    return f"its values, e.g. {str(values[0])[:40]!r}, are texts and numbers, too long, or not printable"
 
 
 def _are_texts(values: Sequence[Any]) -> bool:

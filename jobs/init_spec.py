@@ -11,6 +11,7 @@ import yaml
 from featurestore import encoders
 from jobs.guesses import Columns, Field, slug
 from jobs.report import counted
+from pipelines.sources.rows import ROW
 
 __all__ = ["Found", "spec_text"]
 
@@ -72,13 +73,20 @@ _PATHS = {
 }
 
 
+_NUMBERED = (
+    "No column has another text in each row, as ids have: __row__ calls a row by its file and its place in it. Such ids stay",
+    "as long as no row is put in or taken out before others; a column of ids would outlast that.",
+)
+
+
 def _column_lines(found: Found) -> list[str]:
     roles = found.columns.roles
     used = {*roles.values(), *(field.given for field in found.fields if isinstance(field.given, str)), "id"}
     kept = [name for name in found.columns.kept if name not in used]
     told = f"  # Other columns, kept as they are: {', '.join(kept[:30])}" if kept else ""
     hint = "" if "group" in roles else " # group: COLUMN, of what must not be split between train and test"
-    return [*([told] if told else []), f"  columns: {_flow(roles)}{hint}"]
+    numbered = [f"  # {line}" for line in _NUMBERED] if roles.get("id") == ROW else []
+    return [*([told] if told else []), *numbered, f"  columns: {_flow(roles)}{hint}"]
 
 
 def _field_line(field: Field, total: int) -> str:

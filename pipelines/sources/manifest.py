@@ -6,6 +6,10 @@ may lead bounds.py says, and what leads elsewhere goes to quarantine as `outside
 that the value is absent. Bytes that are not UTF-8 spoil only the value they stand in: they
 reach quarantine as they are. A text may be a number or a truth; a list or an object goes to quarantine as `not_text`.
 
+Rows without ids of their own can be called by their place, with `id: __row__`: `a.parquet#17` is its eighteenth row,
+`a.csv#812` the row of its byte 812. Such ids stay as long as the file does: a row put in before others makes all of these other
+samples.
+
 A line is read again alone, but a row of a Parquet file only with its row group: where all paths end in .parquet, shards are cut
 in the order of the rows.
 """
@@ -50,6 +54,8 @@ def open_source(corpus: dict[str, Any]) -> Source:
 
 class Manifest(RowSource):
     """Files of rows, of one format or several."""
+
+    numbers_rows = True
 
     def __init__(self, corpus: dict[str, Any]) -> None:
         fields = [field["from"] for field in corpus["fields"].values()]

@@ -116,7 +116,7 @@ class _Opened(NamedTuple):
 class Parquet(RowSource):
     """Parquet files of values."""
 
-    order = BY_SOURCE
+    order, numbers_rows = BY_SOURCE, True
 
     def __init__(self, corpus: dict[str, Any]) -> None:
         super().__init__(corpus, (field["from"] for field in corpus["fields"].values()))

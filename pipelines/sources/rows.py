@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from featurestore.errors import DecodeError, InputError
@@ -16,7 +18,10 @@ from pipelines.sources import Sample, SampleRef, Value
 from pipelines.sources.bounds import is_far
 from pipelines.sources.files import FileValue
 
-__all__ = ["InlineText", "Record", "Row", "RowSource", "Spoiled", "inline"]
+__all__ = ["ROW", "InlineText", "Record", "Row", "RowSource", "Spoiled", "inline"]
+
+ROW = "__row__"
+"""A column that a manifest and a Parquet file have without a word: where a row stands, for corpora without ids."""
 
 _SHOWN = 80
 _STATS = 32
@@ -95,6 +100,7 @@ class RowSource(ABC):
     """
 
     order = BY_ID
+    numbers_rows = False
 
     def __init__(self, corpus: dict[str, Any], used: Iterable[str] = ()) -> None:
         self.paths: list[str] = corpus["source"]["path"]
@@ -102,7 +108,9 @@ class RowSource(ABC):
         self._names: dict[str, str] = {key: column for key, column in corpus["columns"].items() if column}
         self._taken = {*self._names.values(), *used}
         self._reserved = {*RESERVED, *self.fields} - self._taken
-        self._columns: set[str] = set()
+        self._numbered = self.numbers_rows and self._names["id"] == ROW
+        self._top = _top(self.paths) if self._numbered else []
+        self._columns: set[str] = {ROW} if self._numbered else set()
         self._found: set[str] = set()
 
     @abstractmethod
@@ -175,9 +183,17 @@ class RowSource(ABC):
         self._columns |= row.columns.keys()
 
     def _id_and_group(self, row: Row) -> tuple[str, str]:
-        sample_id = check_id(row.columns.get(self._names["id"]), row.where)
+        given = row.columns.get(self._names["id"])
+        sample_id = check_id(self._row_id(row) if given is None and self._numbered else given, row.where)
         group = row.columns.get(self._names["group"]) if "group" in self._names else None
         return sample_id, check_id(group, f"{row.where}: group") if group is not None else sample_id
+
+    def _row_id(self, row: Row) -> str | None:
+        """Its file, below the folder that all are in, and its number there, of a line its first byte; None of no row."""
+        if not row.columns:
+            return None
+        path = row.uri.partition("?")[0] if is_far(row.uri) else row.uri
+        return f"{'/'.join(path.split('/')[len(self._top) :])}#{row.offset}"
 
     def _times(self, row: Row) -> dict[str, int | None]:
         return {
@@ -202,6 +218,12 @@ class RowSource(ABC):
             kept = {name: value for name, value in row.columns.items() if name not in self._taken}
             columns = {printable(name): printable(value) for name, value in kept.items()} | self._times(row)
             yield Sample(sample_id, group, reference.etag, columns, dict(row.values))
+
+
+def _top(paths: Iterable[str]) -> list[str]:
+    """The folder that all files of some paths, patterns and lists are in, by its parts: more files there do not change it."""
+    folders = (re.split(r"[*?\[{]", path, maxsplit=1)[0].split("/")[:-1] for path in paths)
+    return [parts[0] for parts in takewhile(lambda parts: len({*parts}) == 1, zip(*folders, strict=False))]
 
 
 def _there(row: Row) -> list[tuple[str, Value]]:

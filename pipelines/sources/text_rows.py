@@ -178,8 +178,9 @@ class _Lines:
 
 def _cells(names: list[str], cells: list[str], where: str) -> dict[str, Any]:
     if len(cells) != len(names):
+        shown = ", ".join(names)[:200].encode("utf-8", "replace").decode()
         raise InputError(
-            f"{where}: {len(cells)} cells under {len(names)} columns ({', '.join(names)[:200]}); give every row as many cells "
+            f"{where}: {len(cells)} cells under {len(names)} columns ({shown}); give every row as many cells "
             "as there are columns, and put a cell that holds a delimiter in quotes"
         )
     return {name: cell or None for name, cell in zip(names, cells, strict=True)}

@@ -160,10 +160,14 @@ def test_the_border_between_id_and_etag_counts() -> None:
     assert ingest([("ab", "c")]).key() != ingest([("a", "bc")]).key()
 
 
-@pytest.mark.parametrize("bad", [None, 7, "", b"a", ["a"]])
+@pytest.mark.parametrize("bad", [None, 7.0, True, "", b"a", ["a"]])
 def test_an_id_that_is_no_text_is_refused_with_its_place(bad: object) -> None:
     with pytest.raises(InputError, match=r"m\.jsonl, line 3: id .* is not a non-empty text"):
         check_id(bad, "m.jsonl, line 3")
+
+
+def test_a_whole_number_is_an_id_as_its_digits() -> None:
+    assert [check_id(each, "here") for each in (7, 0, -3, 10**30)] == ["7", "0", "-3", "1" + "0" * 30]
 
 
 def test_an_id_that_is_too_long_or_no_utf8_is_refused() -> None:

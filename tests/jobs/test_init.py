@@ -484,13 +484,32 @@ def jsonl(*rows: dict[str, Any]) -> bytes:
         ("x", b"?", r"x: no kind of file"),
         ("x.jsonl", b"", r"x\.jsonl holds no rows"),
         ("x.jsonl", b"[1]\n", r"x\.jsonl, line 1: '\[1\]' is no JSON object"),
-        ("x.jsonl", jsonl({"a": 1}, {"a": 2}), r"x\.jsonl: no column has another text in each row, .* columns: 'a'"),
         (
             "x.jsonl",
-            jsonl({"id": 1}, {"id": 2}),
-            r"column 'id' is not another text in each row; make it that, or rename",
+            jsonl({"a": 1}, {"a": 2}),
+            r"x\.jsonl: no column holds paths of pictures, sounds or texts, .*: 'a'",
         ),
-        ("x.jsonl", jsonl({"id": "a"}, {"id": "a"}), r"column 'id' is not another text in each row"),
+        (
+            "x.jsonl",
+            jsonl({"id": 1.5}, {"id": 2.5}),
+            r"'id' is none of ids: '1\.5' in row 1 is no text and no whole number",
+        ),
+        (
+            "x.jsonl",
+            jsonl({"id": "a"}, {"id": None}),
+            r"column 'id' is none of ids: row 2 has none; correct it, or rename",
+        ),
+        (
+            "x.jsonl",
+            jsonl({"id": "b"}, {"id": "a"}, {"id": "a"}),
+            r"ids: 'a' stands twice, in rows 2 and 3; correct it",
+        ),
+        (
+            "x.jsonl",
+            jsonl({"id": 7}, {"id": 7}),
+            r"column 'id' is none of ids: '7' stands twice, in rows 1 and 2; correct",
+        ),
+        ("x.jsonl", jsonl({"id": "a"}, {"id": 7}), r"its values, e\.g\. 'a', are texts and numbers, too long, or not"),
         ("x.jsonl", jsonl({"id": "a", "n": 1}), r"no column holds paths of pictures, sounds or texts, .*: 'id', 'n'"),
         ("x.jsonl", jsonl({"id": "a", "f": "1.png", "row": 1}), r"column 'row' is none to Braid as it is, .*rename it"),
         ("x.jsonl", jsonl({"id": "a", "f": "1.png", "group": 1}), r"column 'group' is none to Braid as it is"),
@@ -505,6 +524,62 @@ def test_what_no_spec_can_be_guessed_from_is_told(here: Path, name: str, content
     with pytest.raises(InputError, match=told):
         init.write(name, None)
     assert not list(here.glob("*.yaml"))
+
+
+IMAGES = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def hugging_face(path: Path, **columns: list[Any]) -> Path:
+    """Rows as `datasets` writes them: pictures, and no ids."""
+    cells = pa.array([{"bytes": picture(), "path": f"{number}.png"} for number in range(20)], IMAGES)
+    pq.write_table(pa.table({"image": cells, **columns}), path, row_group_size=7)
+    return path
+
+
+def test_rows_without_ids_are_called_by_their_place_and_captions_are_no_ids(here: Path) -> None:
+    captions = [f"a picture of {number} ducks on a pond" for number in range(20)]
+    path = hugging_face(here.parent / "hf.parquet", label=list(range(20)), text=captions)
+    output, _ = init.write(str(path), None)
+    text = output.read_text()
+    assert (
+        "  # No column has another text in each row, as ids have: __row__ calls a row by its file and its place" in text
+    )
+    tree = yaml.safe_load(text)
+    assert tree["corpus"]["columns"] == {"id": "__row__"}
+    assert froms(tree) == {"image": "image", "text": "text"}
+    assert steps(output)[0].why == "samples: 20 new"
+    Runner(specs.load(output), Console(quiet=True)).run(("shard",))
+    corpus = FeatureStore(here / "hf-store").corpus("hf")
+    assert sorted(corpus.to_arrow()["id"].to_pylist()) == sorted(f"hf.parquet#{number}" for number in range(20))
+    assert corpus.value(*corpus.locate("hf.parquet#17"), "text") == captions[17].encode()
+    assert steps(output)[0].why == "20 samples stored"
+
+
+@pytest.mark.parametrize(
+    ("columns", "id_column"),
+    [
+        ({"label": [n % 10 for n in range(20)]}, "__row__"),
+        ({"label": [*range(20)]}, "__row__"),
+        ({"id": [*range(20)]}, "id"),
+        ({"image_id": [*range(20)], "label": [1] * 20}, "image_id"),
+        ({"code": [f"c{n}" for n in range(20)]}, "code"),
+        ({"text": [f"t{n}" for n in range(20)]}, "__row__"),
+        ({"note": [f"the {n} ducks that swim over there" for n in range(20)]}, "__row__"),
+    ],
+)
+def test_ids_are_guessed_of_texts_that_are_no_sentences_and_of_numbers_that_are_called_so(
+    here: Path, columns: dict[str, list[Any]], id_column: str
+) -> None:
+    tree = written(hugging_face(here.parent / "x.parquet", **columns))
+    assert tree["corpus"]["columns"]["id"] == id_column
+
+
+def test_a_column_of_ids_may_be_of_whole_numbers(here: Path) -> None:
+    (here / "x.jsonl").write_bytes(jsonl(*({"id": number, "text": f"text {number}"} for number in range(3))))
+    output, _ = init.write("x.jsonl", None)
+    assert steps(output)[0].why == "samples: 3 new"
+    Runner(specs.load(output), Console(quiet=True)).run(("shard",))
+    assert FeatureStore(here / "x-store").corpus("x").to_arrow()["id"].to_pylist() == ["0", "1", "2"]
 
 
 def test_a_folder_without_anything_to_read_is_told(here: Path) -> None:

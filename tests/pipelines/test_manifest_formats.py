@@ -49,6 +49,32 @@ def titles(source: Source) -> dict[str, bytes | None]:
     return {each.id: value.fetch() if (value := each.values["title"]) else None for each in samples(source)}
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_rows_are_called_by_their_place_where_they_have_no_ids(tmp_path: Path, ending: str) -> None:
+    rows = [{"title": f"title {n % 3}", "label": "x"} for n in range(5)]
+    for name in ("a", "b/c"):
+        path = tmp_path / f"d/{name}.{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif ending == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.write_text("title,label\n" + "".join(f"{row['title']},{row['label']}\n" for row in rows))
+    found = source_of(tmp_path / f"d/**/*.{ending}", id="__row__")
+    ids = [each.id for each in found.references()]
+    places = {"parquet": range(5), "jsonl": range(0, 175, 35), "csv": range(12, 62, 10)}[ending]
+    assert ids == [f"{name}.{ending}#{place}" for name in ("a", "b/c") for place in places]
+    assert found.columns() == {"__row__", "title", "label"}
+    assert [(each.id, value.fetch()) for each in samples(found) if (value := each.values["title"])] == [
+        (sample_id, f"title {n % 5 % 3}".encode()) for n, sample_id in enumerate(ids)
+    ]
+    # No more files in the folder change them, nor does its place.
+    one = source_of(tmp_path / f"d/*.{ending}", id="__row__")
+    assert [each.id for each in one.references()] == ids[:5]
+    assert [each.id for each in source_of(tmp_path / f"d/a.{ending}", id="__row__").references()] == ids[:5]
+
+
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
 def test_cells_in_quotes_hold_delimiters_quotes_and_line_ends(tmp_path: Path, mark: bytes, newline: bytes) -> None:
@@ -95,6 +121,7 @@ def test_what_pythons_writer_wrote_is_read_again(
         (HEAD + b's0,"a""\ns1,a,b\n', r"line 2: the quote that begins here is never closed"),
         (HEAD + b's0,"a" b,c\n', r"line 2: no row of cells: ',' expected after '\"'; write a cell that holds a quote"),
         (HEAD + b"s0,a\rb,c\n", r"line 2: no row of cells: new-line character seen in unquoted field"),
+        (b"\xacid,title\ns0\n", r"line 2: 1 cells under 2 columns \(\?id, title\); give"),
         (HEAD + b",a,b\n", r"line 2: id None is not a non-empty text"),
         (b"id,title,id\ns0,a,b\n", r"line 1: column 'id' stands twice; rename one"),
         (codecs.BOM_UTF16_LE + "id,title\ns0,a\n".encode("utf-16-le"), r"line 1: .*save the file as UTF-8"),
