@@ -197,7 +197,7 @@ def test_where_few_have_a_value_for_a_view_more_are_drawn(small: Made, tmp_path:
     made = [row | {"sound_path": row["sound_path"] and str(small.corpus / row["sound_path"])} for row in rows]
     lines = [json.dumps(row if row["id"] in kept else row | {"sound_path": None}) + "\n" for row in made]
     (tmp_path / "few.jsonl").write_text("".join(lines))
-    spec = anew(small, tmp_path, (f"{small.corpus}/manifest.jsonl", str(tmp_path / "few.jsonl")))
+    spec = anew(small, tmp_path, (f"{small.corpus}/manifest.jsonl", f"{tmp_path}/few.jsonl, root: {small.corpus}"))
     said_of(spec, 12)
     size = sum((small.corpus / row["sound_path"]).stat().st_size for row in rows if row["id"] in kept)
     kept_forecast = forecast.read(load(spec).store, "encode", "loud")
