@@ -66,7 +66,8 @@ def spec_text(found: Found, output: Path) -> str:
 
 _PATHS = {
     "folder": "{id} in a field's pattern stands for the sample's id: the path below the folder, without what a pattern adds.",
-    "manifest": "A field's `from` is a column: of texts, or of paths relative to the manifest, absolute, or addresses.",
+    "manifest": "A field's `from` is a column: of texts, of paths, or of addresses. Paths lead into the manifest's own folder, "
+    "or into one that is named beside `path` as `root`.",
     "parquet": "A field's `from` is a column: of bytes, of {bytes, path}, or of texts.",
     "webdataset": "A field's `from` is what members of a tar are called behind their first dot, or a list. With adopt: true in "
     "source nothing is copied: the tars stay and are read where they are.",
