@@ -78,6 +78,7 @@ class Known:
         self._ids = Ids(snapshot, name, renewed)
         self._stored_ids: dict[str, pa.ChunkedArray] = {}
         self._touched: dict[str, tuple[array[int], array[int]]] = {}
+        self._unread: dict[str, tuple[array[int], array[int]]] = {}
         self._gone = np.zeros(len(self._ids), bool)
         for shard, rows in (self._corpus.gone if self._corpus else {}).items():
             places = self._ids.by_shard[shard]
@@ -118,7 +119,8 @@ class Known:
         rows = read_rows(corpus.storage, corpus.shard(shard))
         at = {sample_id: row for row, sample_id in enumerate(rows["id"].to_pylist())}
         references = sorted(references, key=lambda each: at[each.id])
-        etags = self._touched.setdefault(shard, (array("q"), array("Q")))
+        told = {each: (array("q"), array("Q")) for each in (TOUCHED, SAME)}
+        self._touched[shard], self._unread[shard] = told[TOUCHED], told[SAME]
 
         def state_of(sample: Sample) -> str:
             unread: list[str] = []
@@ -129,21 +131,29 @@ class Known:
         kept = []
         compared = ahead(state_of, source.samples(references), _THREADS, 2 * _THREADS)
         for reference, (_, state) in zip(references, compared, strict=True):
-            if state == TOUCHED:
-                etags[0].append(at[reference.id])
-                etags[1].append(hash64(reference.etag))
             if state != CHANGED:
+                told[state][0].append(at[reference.id])
+                told[state][1].append(hash64(reference.etag))
                 kept.append(at[reference.id])
             yield reference, state
         self._settled = np.append(self._settled, places[np.isin(self._ids.rows[places], kept)])
 
     def renewed(self) -> Iterator[tuple[str, pa.Table]]:
         """Range, and its id index with the etags of now, where `settle` found samples that were only touched."""
+        return self._renewed(self._touched)
+
+    def taken(self) -> Iterator[tuple[str, pa.Table]]:
+        """The same, and of those that could not be read too, where there are any: what a job holds for the same as planned."""
+        if any(rows for rows, _ in self._unread.values()):
+            yield from self._renewed(self._touched, self._unread)
+
+    def _renewed(self, *found: dict[str, tuple["array[int]", "array[int]"]]) -> Iterator[tuple[str, pa.Table]]:
         ranges: dict[str, dict[int, tuple[Sequence[int], Sequence[int]]]] = {}
-        for shard, etags in sorted(self._touched.items()):
-            if etags[0]:
+        for shard in sorted({*itertools.chain(*found)}):
+            rows, etags = (list(itertools.chain(*(each[shard][part] for each in found))) for part in (0, 1))
+            if rows:
                 stem, _, part = shard.rpartition("-")
-                ranges.setdefault(stem, {})[int(part)] = etags
+                ranges.setdefault(stem, {})[int(part)] = rows, etags
         for stem, parts in ranges.items():
             entry = self._snapshot.entries(IDS, self._name).find(f"{stem}-00000")
             assert entry is not None

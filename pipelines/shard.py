@@ -153,7 +153,7 @@ class Shard(beam.PTransform):
         version: of the store that the source is compared with; -1 is an empty one, to which all is new.
         in_flight: does the work on a ShardTask.
         measure: what comes before it, of a source that measures something for its samples.
-        renewed: what `renew` has written.
+        renewed: id indexes that are compared with instead of those that the version names.
     """
 
     def __init__(
@@ -199,9 +199,24 @@ class Shard(beam.PTransform):
         return (written, buried) | "All" >> beam.Flatten()
 
 
-def renew(storage: Storage, corpus: str, known: Known) -> list[Entry]:
-    """Writes id indexes with the etags of now, of samples that were only touched; the job's commit publishes them."""
-    return [ids.place(storage, corpus, stem, table) for stem, table in known.renewed()]
+class Renewed(NamedTuple):
+    """Id indexes with the etags of now: those to publish, of samples that were only touched, and those to compare with.
+
+    The two differ where samples could not be read when the job was planned: it takes them for the same, and publishes nothing
+    of them.
+    """
+
+    published: Sequence[Entry] = ()
+    compared: Sequence[Entry] = ()
+
+
+NOTHING_RENEWED = Renewed()
+
+
+def renew(storage: Storage, corpus: str, known: Known) -> Renewed:
+    """Writes them; the job's commit publishes them."""
+    published = [ids.place(storage, corpus, stem, table) for stem, table in known.renewed()]
+    return Renewed(published, [ids.place(storage, corpus, stem, table) for stem, table in known.taken()] or published)
 
 
 def build(
@@ -210,7 +225,7 @@ def build(
     corpus: dict[str, Any],
     ingest: Ingest,
     version: int,
-    renewed: Sequence[Entry] = (),
+    renewed: Renewed = NOTHING_RENEWED,
 ) -> None:
     """Puts the shard job into a pipeline: write every new shard, then one commit of these and of what is `renewed`."""
     name = corpus["name"]
@@ -223,12 +238,14 @@ def build(
         in_flight, measure = InFlight(f"shard {name}", ShardWork(storage.to_json(), told), job.workers), None
         if measuring(corpus) is not None:
             measure = Measure(told, InFlight(f"measure {name}", MeasureWork(told), job.workers))
-        made.append(job.pipeline | "Shard" >> Shard(storage, corpus, ingest, version, in_flight, measure, renewed))
-    if renewed:
+        made.append(
+            job.pipeline | "Shard" >> Shard(storage, corpus, ingest, version, in_flight, measure, renewed.compared)
+        )
+    if renewed.published:
         # Not called after a shard: the commit would take it for one that is made again.
-        indexes = [keyed(result(f"{each.shard}-ids", [each])) for each in renewed]
+        indexes = [keyed(result(f"{each.shard}-ids", [each])) for each in renewed.published]
         create = beam.Create(indexes, reshuffle=False).with_output_types(tuple[int, Result])
         made.append(job.pipeline | "Renewed" >> create)
     results = made[0] if len(made) == 1 else made | "WithRenewed" >> beam.Flatten()
-    remakes = version if renewed else None
+    remakes = version if renewed.published else None
     results | "Commit" >> Commit(storage, f"shard {name}", scopes, corpus["failure_budget"], ingest.samples, remakes)

@@ -43,6 +43,10 @@ def opened(file: FileValue, kind: Kind) -> Iterator[tuple[Any, Any]]:
         with av.open(raw, "r", container_options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
             for stream in getattr(container.streams, kind):
                 if not stream.disposition & stream.disposition.__class__.attached_pic:
+                    if stream.codec_context is None:
+                        raise DecodeError(
+                            "unsupported_format", f"{file.source}: its {kind} has a codec that is not known here"
+                        )
                     if kind == "video":
                         _check_size(stream.codec_context, file.source)
                     yield container, stream

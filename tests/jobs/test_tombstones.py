@@ -180,6 +180,7 @@ def test_what_could_not_be_read_when_it_was_compared_is_compared_again(
     copy = small.copy_to(tmp_path)
     one, other = [copy.corpus / row["sound_path"] for row in manifest(copy) if row["sound_path"]][:2]
     one.write_bytes(other.read_bytes())
+    plain = FileValue.fetch
 
     def away(value: FileValue) -> bytes:
         raise DecodeError("unreadable", value.source)
@@ -188,7 +189,18 @@ def test_what_could_not_be_read_when_it_was_compared_is_compared_again(
         patch.setattr(FileValue, "fetch", away)
         assert shard_step(copy).why == "48 samples stored"
         assert run(copy) == []
+        # Nor is it in the way of what is new; what else was touched is noted.
+        touched = next(row["sound_path"] for row in reversed(manifest(copy)) if row["sound_path"])
+        os.utime(copy.corpus / touched, (1, 1))
+        write(copy, [*manifest(copy), {"id": "more", "group": "more", "label": "ring", "caption": "One more."}])
+        patch.setattr(FileValue, "fetch", lambda value: away(value) if value.uri.endswith(one.name) else plain(value))
+        assert shard_step(copy).why == f"samples: 1 new; {TOLD}"
+        run(copy, "shard")
+        assert copy.open().corpus("planted").rows == 49
+        assert shard_step(copy).why == "49 samples stored"
     assert shard_step(copy).why == "samples: 1 changed"
+    run(copy, "shard")
+    assert shard_step(copy).why == "49 samples stored"
 
 
 def test_rows_that_are_compared_with_are_not_held(small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

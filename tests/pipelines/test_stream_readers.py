@@ -139,6 +139,21 @@ def test_sound_without_a_track_or_a_file_is_told(tmp_path: Path) -> None:
         list(video.events(value(tmp_path / "gone.mp4")))
 
 
+def test_a_codec_that_nobody_knows_is_told(tmp_path: Path) -> None:
+    path = recordings.video(tmp_path / "v.mkv", frame_times(0.5), sound=True)
+    content = path.read_bytes()
+    assert content.count(b"V_MPEG4") == content.count(b"A_AAC") == 1
+    path.write_bytes(content.replace(b"V_MPEG4", b"V_NOT_4").replace(b"A_AAC", b"A_NOT"))
+    with pytest.raises(DecodeError, match=r"^unsupported_format: v\.mkv: its video has a codec that is not known here"):
+        list(video.events(value(path)))
+    with pytest.raises(DecodeError, match=r"^unsupported_format: v\.mkv: its audio has a codec that is not known here"):
+        list(audio.events(value(path)))
+    for kind in ("video", "audio"):
+        with pytest.raises(DecodeError, match=r"^unsupported_format"):
+            container.header(value(path), kind)
+    assert isinstance(audio.Clips(value(path)).get(0, SECOND)[0], DecodeError)
+
+
 def test_a_track_beside_a_video_is_heard(tmp_path: Path) -> None:
     file = value(recordings.video(tmp_path / "v.mp4", frame_times(1), sound=True))
     clip, _ = audio.Clips(file).get(200_000_000, 700_000_000)
