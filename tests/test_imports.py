@@ -89,8 +89,8 @@ NEEDED = {
     "np.save": ("allow_pickle", "False"),
     "torch.load": ("weights_only", "True"),
 }
-MAY_START_PROGRAMS = {"featurestore/encoders/converted.py", "jobs/recipes/stamps.py", "pipelines/workers.py"}
-"""The second runs apt-get and dpkg, the others Python itself: by lists of arguments."""
+MAY_START_PROGRAMS = {"jobs/recipes/stamps.py", "pipelines/workers.py"}
+"""The first runs apt-get and dpkg, the second Python itself: by lists of arguments."""
 
 
 def dangers(tree: ast.AST, where: str) -> Iterator[str]:
