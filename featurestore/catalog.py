@@ -398,7 +398,7 @@ def _applied(changes: tuple[Change, ...], snapshot: Snapshot) -> pa.Table | None
         if change.covers is not None:
             rows = old[change.kind, change.name]
             kept = pc.invert(pc.is_in(rows["shard"], pa.array(change.covers, pa.string())))
-            tables.append(rows.filter(pc.and_(kept, pc.equal(rows["recipe"], change.recipe))))
+            tables.append(_where(rows, pc.and_(kept, pc.equal(rows["recipe"], change.recipe))))
     table = pa.concat_tables(tables)
     new = table.take(pc.sort_indices(table.select(_KEY), [(name, "ascending") for name in _KEY]))
     return None if Entries(new) == Entries(pa.concat_tables([_HELD.empty_table(), *old.values()])) else new

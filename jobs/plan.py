@@ -6,6 +6,8 @@ Nothing here runs a pipeline. `braid plan` prints the steps, `braid run` carries
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
+
 from featurestore import builds
 from featurestore.catalog import Catalog, Snapshot, lost
 from featurestore.corpora import MEDIA, QUARANTINE, ROWS
@@ -249,12 +251,13 @@ def _encode_steps(spec: Spec, snapshot: Snapshot, *, grows: bool) -> Iterator[St
         if grows and spec.corpus.name not in snapshot.names(ROWS):
             yield Step("encode", plan.name, STALE, 0, 0, "its corpus is new")
             continue
-        tasks = encode_plan.stale(snapshot, plan, encode_plan.listed(snapshot.storage, plan))
-        total, rows = _count(snapshot, ROWS, spec.corpus.name), sum(task.rows for task in tasks)
+        stale = encode_plan.stale_rows(snapshot, plan, encode_plan.listed(snapshot.storage, plan))
+        total, todo = _count(snapshot, ROWS, spec.corpus.name), len(stale)
+        rows = pc.sum(stale["rows"], min_count=0).as_py()
         if grows:
-            yield Step("encode", plan.name, STALE, len(tasks), total, "its corpus grows", rows)
-        elif tasks:
-            yield Step("encode", plan.name, STALE, len(tasks), total, _why(snapshot, plan, len(tasks)), rows)
+            yield Step("encode", plan.name, STALE, todo, total, "its corpus grows", rows)
+        elif todo:
+            yield Step("encode", plan.name, STALE, todo, total, _why(snapshot, plan, todo), rows)
         else:
             yield Step("encode", plan.name, FRESH, 0, total, counted(total, "shard"))
 

@@ -33,9 +33,9 @@ def listed(snapshot: Snapshot, spec: Spec | None = None) -> Iterator[dict[str, A
         yield from _of_shard(spec, snapshot)
         for view in plan.view_plans(spec):
             if view.corpus in snapshot.names(ROWS):
-                tasks = encode_plan.stale(snapshot, view, encode_plan.listed(snapshot.storage, view))
+                stale = encode_plan.stale_rows(snapshot, view, encode_plan.listed(snapshot.storage, view))
                 stem = f"quarantine/encode/{view.name}/{view.recipe}"
-                yield from _uncommitted(snapshot.storage, stem, {task.shard for task in tasks}, view.corpus, view.name)
+                yield from _uncommitted(snapshot.storage, stem, {*stale["shard"].to_pylist()}, view.corpus, view.name)
 
 
 def _of_shard(spec: Spec, snapshot: Snapshot) -> Iterator[dict[str, Any]]:

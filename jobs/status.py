@@ -240,7 +240,7 @@ class Status:
         written = {_shard_of(path) for path in listing if path.startswith(f"{folder}/") and path not in named}
         if view.corpus not in snapshot.names(ROWS):
             return Progress("encode", view.name, 0, len(written), shards.total)
-        todo = {task.shard for task in encode_plan.stale(snapshot, view, listing)}
+        todo = {*encode_plan.stale_rows(snapshot, view, listing)["shard"].to_pylist()}
         committed = len(snapshot.table(ROWS, view.corpus, None, ("shard",))) - len(todo)
         return Progress("encode", view.name, committed, len(written & todo), shards.total)
 
