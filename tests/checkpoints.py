@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-__all__ = ["MAKERS", "checkpoint", "drawn"]
+__all__ = ["MAKERS", "SIDE", "checkpoint", "drawn"]
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -308,6 +308,27 @@ def _words(folder: Path) -> None:
     (folder / "words.txt").write_text("".join(lines))
 
 
+def _program(folder: Path) -> None:
+    """`SIDE` readings of 3 channels to 8 components, of any batch; as torch.export and as TorchScript save it."""
+    import torch
+
+    class Gait(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = torch.nn.Conv1d(3, 6, 5), torch.nn.Linear(6, 8)
+
+        def forward(self, windows: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.out(torch.tanh(self.conv(windows)).mean(2))
+            return found
+
+    model, windows = drawn(Gait()).eval(), torch.zeros(2, 3, SIDE)
+    exported = torch.export.export(model, (windows,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(exported, folder / "gait.pt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(model, windows).save(str(folder / "gait.pt"))
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "ast": _ast,
     "bert": _bert,
@@ -319,6 +340,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "idefics": _idefics,
     "lxmert": _lxmert,
     "perceiver": _perceiver,
+    "program": _program,
     "resnet": _resnet,
     "siglip": _siglip,
     "table": _table,

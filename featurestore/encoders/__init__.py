@@ -253,21 +253,30 @@ def find_as(card: Mapping[str, Any]) -> BaseEncoder:
     """Make the encoder that has this card; what is installed here may give it another fingerprint.
 
     Raises:
-        InputError: it is a class of a module that is not imported here, or asks an endpoint that is not trusted here: a card
-            may be anybody's, imports nothing, and sends nothing anywhere.
+        InputError: it is a class of a module that is not imported here, a program, or asks an endpoint, that is not trusted
+            here: a card may be anybody's, imports and runs nothing, and sends nothing anywhere.
     """
     options = {**card["options"], **card.get("address", {})}
-    trusted = os.environ.get("BRAID_ENDPOINTS", "").split(",")
     for cls in _named(options, "class", "class_"):
         if (own := cls.partition(":")[0]) not in sys.modules:
             raise InputError(f"this view was made by {cls!r}: import {own} before, if you trust it")
+    for program in _named(options, "program"):
+        if program not in _trusted("BRAID_PROGRAMS"):
+            raise InputError(
+                f"this view was made by the program {program!r}, which is code: put that into the environment variable "
+                "BRAID_PROGRAMS, if you trust it"
+            )
     for endpoint in _named(options, "endpoint"):
-        if endpoint not in trusted:
+        if endpoint not in _trusted("BRAID_ENDPOINTS"):
             raise InputError(
                 f"this view was made through {endpoint!r}: put that into the environment variable BRAID_ENDPOINTS, if you "
                 f"trust it; queries are sent there, and so is the key in {_named(options, 'key_env') or 'no variable'}"
             )
     return find(card["key"], options)
+
+
+def _trusted(variable: str) -> list[str]:
+    return os.environ.get(variable, "").split(",")
 
 
 def _named(options: Mapping[str, Any], *names: str) -> list[str]:

@@ -21,7 +21,7 @@ from featurestore.encoders import BaseEncoder, contract
 from featurestore.encoders.runtime import tune_process
 from featurestore.errors import InputError
 from tests import videos
-from tests.checkpoints import checkpoint
+from tests.checkpoints import SIDE, checkpoint
 from tests.embeddings_server import EmbeddingsServer, serving
 
 # Encoder, the kind of checkpoint (tests/checkpoints.py) that it is given, and the modality, where it takes several.
@@ -54,6 +54,7 @@ CASES = [
     "remote/server/image",
     "remote/server/text",
     "sensor",
+    "sensor-program/program",
     "static/table",
     "torch",
     "video-frames/vit",
@@ -75,6 +76,7 @@ OTHER_OPTION: dict[str, dict[str, Any]] = {
     "minilm-l6": {"batch_size": 9},
     "remote": {"version": "2"},
     "sensor": {"bands": 4},
+    "sensor-program": {"batch_size": 9},
     "static": {"normalise": True},
     "torch": {"arguments": {"scale": 2.0}},
     "video-frames": {"pooling": "max"},
@@ -95,6 +97,9 @@ def options(case: str) -> dict[str, Any]:
         return {"endpoint": server().endpoint, "model": "m", "dim": 16, "modality": modality}
     if key_of(case) == "sensor":
         return {"channels": contract.CHANNELS}
+    if key_of(case) == "sensor-program":
+        program = str(checkpoint(kind) / "gait.pt2")
+        return {"program": program, "channels": contract.CHANNELS, "length": SIDE, "dim": 8}
     if key_of(case) == "torch":
         return {"class": "tests.own_encoder:MeanColour"}
     if key_of(case) == "word-vectors":
