@@ -208,6 +208,9 @@ def plan(
         Path | None,
         typer.Option(help="What an hour costs, YAML or JSON: {nvidia-l4: 0.70, cpu: 0.05}. Else the spec's prices."),
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="With --sample: try other batch sizes of each encoder, and name the fastest.")
+    ] = False,
 ) -> None:
     """Say which steps are fresh, which are stale and why, and what these take; run nothing.
 
@@ -218,8 +221,10 @@ def plan(
     """
     from jobs.show_plan import read_prices, show
 
+    if tune and sample is None:
+        raise InputError("--tune tries batch sizes on a sample; give --sample too, e.g. --sample 500")
     loaded = _spec(spec)
-    show(loaded, _say(), sample, loaded.prices if prices is None else read_prices(prices))
+    show(loaded, _say(), sample, loaded.prices if prices is None else read_prices(prices), tune)
 
 
 @app.command()

@@ -30,12 +30,13 @@ from featurestore.errors import InputError
 from featurestore.identity import DIGEST_BYTES
 from featurestore.storage import Storage
 from featurestore.views import VIEW
-from jobs import plan
+from jobs import batch_tuning, plan
 from jobs.report import counted
 from jobs.sample import Line, chosen, line_of, parquet, tar
-from jobs.sizes import Size, Sizes
-from pipelines import encode, encode_plan, fuse, index
+from jobs.sizes import Size, Sizes, worker_bytes
+from pipelines import encode_plan, fuse, index
 from pipelines.cuts import SHARDS_PER_RANGE, Cut
+from pipelines.encode import EncodeWork, ShardEncoder
 from pipelines.runner import InFlight, Result, Scope, changes
 from pipelines.shard import ShardWork
 from pipelines.shard_writer import ShardTask, write_plan
@@ -53,17 +54,19 @@ CARD_BYTES = {"align": 1_800, "index": 500, "fuse": 4_500}
 """Of a build's card, about."""
 
 
-def measured(todo: Sizes, made: list[Size], count: int) -> tuple[list[Size], list[str]]:
+def measured(todo: Sizes, made: list[Size], count: int, tune: bool) -> tuple[list[Size], list[str]]:
     """The sizes with all that a sample of `count` samples tells, and what else a person should know.
+
+    With `tune` also the rate of each view's encoder at other batch sizes.
 
     Raises:
         InputError: none of the sampled windows of recordings has a value for a view.
     """
     with tempfile.TemporaryDirectory(prefix="braid-sample-") as folder:
-        trial = _Trial(todo, _storage(todo, f"{folder}/first"), count, count)
+        trial = _Trial(todo, _storage(todo, f"{folder}/first"), count, count, tune)
         if (rarest := trial.rarest()) < 1 / 2 and len(trial.rows) == count:
             drawn = math.ceil(count / max(rarest, 1 / WIDEST))
-            trial = _Trial(todo, _storage(todo, f"{folder}/wider"), count, drawn)
+            trial = _Trial(todo, _storage(todo, f"{folder}/wider"), count, drawn, tune)
         told = [getattr(trial, size.stage)(size) for size in made]
     return told, trial.remarks
 
@@ -80,8 +83,8 @@ def cores() -> int:
 class _Trial:
     """The sample, sharded; each stage's method gives the Size of a step with what the sample tells of it."""
 
-    def __init__(self, todo: Sizes, storage: Storage, count: int, drawn: int) -> None:
-        self.todo, self.spec, self.storage, self._count = todo, todo.spec, storage, count
+    def __init__(self, todo: Sizes, storage: Storage, count: int, drawn: int, tune: bool) -> None:
+        self.todo, self.spec, self.storage, self._count, self._tune = todo, todo.spec, storage, count, tune
         self.remarks: list[str] = []
         self._written: dict[str, Line] = {}
         self._shares: dict[str, float] = {}
@@ -180,12 +183,14 @@ class _Trial:
             self.remarks.append(f"views.{size.name}: {told}")
             return size
         tasks, sampled, values = self._enough(size.name, encode_plan.stale(self.snapshot, planned, {}))
-        opened = encode.EncodeWork(self.storage.to_json(), planned, self.snapshot.version).open(cores())
+        opened = EncodeWork(self.storage.to_json(), planned, self.snapshot.version).open(cores())
         at_once, repeats = self._fill(size, encoder, tasks, values / sampled)
         if not encoder.concurrency:
             # What is done first is slower than what follows; an endpoint is asked, and paid, for each value once.
             opened.make(tasks[0])
         seconds, made = _timed(opened.make, tasks * repeats, at_once)
+        if self._tune and not encoder.concurrency:
+            self.remarks.append(self._tuned(size, opened, tasks, values / sampled))
         results, rows, shards = made[: len(tasks)], size.rows or 0, size.shards or 0
         rejected = sum(result.rejected for result in results)
         self._tell_rejected(f"views.{size.name}", values, rejected, self._reasons(results))
@@ -207,6 +212,24 @@ class _Trial:
             if values >= self._count:
                 break
         return taken, sum(task.rows for task in taken), values
+
+    def _tuned(self, size: Size, opened: ShardEncoder, tasks: list[Any], share: float) -> str:
+        """The rates of a view's encoder at other batch sizes, by the loop that a run has, as a remark."""
+        encoder = opened.encoder
+        now, values = encoder.batch_size, share * sum(task.rows for task in tasks)
+
+        def rate_of(batch: int) -> float | None:
+            encoder.batch_size = batch
+            at_once, repeats = self._fill(size, encoder, tasks, share)
+            opened.make(tasks[0])
+            seconds, made = _timed(opened.make, tasks * repeats, at_once)
+            halved = any(entry.info().get("batches_halved") for entry in self._entries(made, VIEW))
+            return None if halved else values * repeats / seconds
+
+        budget = worker_bytes(self.spec, size.name)
+        rates = batch_tuning.tried(rate_of, budget, round(share * max(task.rows for task in tasks)))
+        encoder.batch_size = now
+        return batch_tuning.told(size.name, now, rates)
 
     def _fill(self, size: Size, encoder: BaseEncoder, tasks: list[Any], share: float) -> tuple[int, int]:
         """How many tasks of the sample to do at once, and how often each: for as many batches at once as a run has."""

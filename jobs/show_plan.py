@@ -21,8 +21,8 @@ __all__ = ["read_prices", "show"]
 _NOTHING = "Everything is fresh: `braid run` computes nothing."
 
 
-def show(spec: Spec, console: Console, sample: int | None, prices: Mapping[str, float]) -> None:
-    """Prints the plan; with a sample, what that gives more, which is kept in the store for the run.
+def show(spec: Spec, console: Console, sample: int | None, prices: Mapping[str, float], tune: bool = False) -> None:
+    """Prints the plan; with a sample, what that gives more, which is kept in the store for the run; `tune` tries batch sizes.
 
     Raises:
         InputError: a step cannot fit this machine, or the store's disk; the plan is printed first.
@@ -45,7 +45,7 @@ def show(spec: Spec, console: Console, sample: int | None, prices: Mapping[str, 
     if sample is not None:
         from jobs import forecast, preflight
 
-        made, remarks = preflight.measured(todo, made, sample)
+        made, remarks = preflight.measured(todo, made, sample, tune)
     console.print(_sizes(made, prices, sample is not None))
     for line in (*remarks, *_totals(made, prices)):
         console.print(line, markup=False)

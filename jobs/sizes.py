@@ -6,7 +6,9 @@ Arithmetic over a plan: neither Beam nor torch is imported, and no model loaded.
 import json
 import math
 import os
+import resource
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from jobs import plan
 from jobs.spec import Spec
 from pipelines.sources.files import expand
 
-__all__ = ["Size", "Sizes", "check_fits", "check_memory", "check_windows", "human"]
+__all__ = ["Size", "Sizes", "check_fits", "check_memory", "check_windows", "human", "peak_bytes", "worker_bytes"]
 
 _READ_ROW_BYTES, _BUILD_ROW_BYTES = 1500, 200
 """Of each row of a view while it is read for an index, and of an index while it is built, beside its vector: ids, places and
@@ -226,12 +228,28 @@ def check_windows(spec: Spec, encoders: Mapping[str, BaseEncoder]) -> None:
             )
 
 
+def worker_bytes(spec: Spec, view: str) -> int:
+    """What one process that encodes a view may hold: its `resources.min_ram`, else this machine's memory."""
+    wanted = spec.views[view].resources.min_ram
+    return ram_bytes(wanted) if wanted else memory_bytes()
+
+
 def memory_bytes() -> int:
     """This machine's memory, or what its control group may have of it."""
     limit = Path("/sys/fs/cgroup/memory.max")
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     told = limit.read_text().strip() if limit.is_file() else "max"
     return min(total, int(told)) if told.isdigit() else total
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held. Not getrusage's where there is another: that counts the parent's, from before
+    exec.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def ram_bytes(text: str) -> int:

@@ -3,7 +3,8 @@
 F and D are CPU seconds per value of the bare forward and the bare decoding (tokenizing, of texts), measured in this process
 under the allocator settings that the pipeline runs with, on all the cores that it runs on (two busy cores are each a little
 slower than one beside an idle one, which no pipeline can help; that figure is printed too). F is the best of several batch
-sizes, and of both memory layouts for convolutions: a slow F would make any pipeline look good. D has a bar of its own.
+sizes, and of both memory layouts for convolutions: a slow F would make any pipeline look good. The job has the same batch size,
+as a spec has that was tuned. D has a bar of its own.
 Each round measures F, D and the job after each other, because a shared machine's speed drifts; a value is the median of the
 rounds' ratios. Weights of ViT-B/32 and wav2vec 2.0 base are drawn at random: their time is that of trained ones.
 """
@@ -76,7 +77,6 @@ def end_to_end(case: Case, folder: Path) -> Bar:
     """The bar of one encoder."""
     folder.mkdir()
     raws = list(case.raws(case.count))
-    spec = encoding.sharded(folder, raws, case.modality, case.key, case.options, case.rows)
     encoder, sample = encoders.find(case.key, case.options), raws[: case.sample]
     encoder.load()
     values = sorted((encoder.decode(raw) for raw in sample), key=encoder.length)
@@ -84,6 +84,9 @@ def end_to_end(case: Case, folder: Path) -> Bar:
     by_case = {each: cpu_s(work) / case.sample for each, work in forwards.items()}
     best = min(by_case, key=lambda each: by_case[each])
     alone = cpu_s(forwards[best], threads=1) / case.sample
+    # As a person's spec has it who asked `braid plan --tune` before.
+    options = {**case.options, "batch_size": int(best.rpartition(" ")[2])}
+    spec = encoding.sharded(folder, raws, case.modality, case.key, options, case.rows)
 
     def decode() -> None:
         values = [encoder.decode(raw) for raw in sample]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.run import Runner
+from jobs.sizes import peak_bytes
 from jobs.spec import load
 from tests.benchmarks import Bar, at_most, encoding
 
@@ -55,7 +55,7 @@ def _weights_of(key: str) -> int:
 def peak(spec: str) -> int:
     """Bytes, of this process, which encodes a spec's corpus."""
     Runner(load(Path(spec)), Console(quiet=True)).run(("encode",))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 def shared(folder: Path) -> list[Bar]:

@@ -26,6 +26,7 @@ from featurestore.storage import Storage
 from featurestore.views import VIEW
 from jobs import plan as planning
 from jobs import spec as specs
+from jobs.sizes import peak_bytes
 from pipelines import encode_plan
 from pipelines.ingest import Ingest
 from pipelines.runner import Result, Scope, before, changes, result
@@ -198,14 +199,8 @@ def _result(plan: encode_plan.ViewPlan, about: dict[str, Any], number: int) -> R
     return result(entry.shard, [entry], ROWS_A_SHARD, 0)
 
 
-def _peak_mb() -> float:
-    """The most memory that this process has held; not getrusage's, which counts the parent's from before exec."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1e3
-
-
 PARTS: dict[str, Callable[[specs.Spec], dict[str, Any]]] = {"write": _write, "plan": _plan, "commit": _commit}
 
 if __name__ == "__main__":
     measured = PARTS[sys.argv[1]](specs.parse(SPEC.format(store=sys.argv[2]), "benchmark"))
-    print(json.dumps({name: round(value, 2) for name, value in {**measured, "peak_mb": _peak_mb()}.items()}))
+    print(json.dumps({name: round(value, 2) for name, value in {**measured, "peak_mb": peak_bytes() / 1e6}.items()}))
