@@ -42,10 +42,17 @@ _SHORT = ("can't allocate memory", "not enough memory", "CUDA error: out of memo
 
 @cache
 def device() -> str:
-    """The device of every model of this process: `cuda`, the first GPU that it sees, where there is one; else `cpu`."""
+    """The device of every model of this process: `cuda`, the first GPU that it sees, where there is one; else `cpu`.
+
+    A GPU's float32 is float32 from then on, in whatever loads a model: a job, a pipeline of one's own or a search.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    # Else convolutions are rounded to 10 bits of mantissa (TF32): a component moves by 1e-3, and a query's against the store's.
+    torch.backends.cudnn.allow_tf32 = False
+    return "cuda"
 
 
 def placed(model: Any, *, channels_last: bool = False, compiled: Sequence[str] = ()) -> Any:
@@ -176,7 +183,7 @@ def giving_memory_back() -> Iterator[None]:
 
 
 def tune_process(torch_threads: int = 1) -> bool:
-    """Fix how many threads one forward uses, keep freed memory, and let a GPU's float32 be float32.
+    """Fix how many threads one forward uses, and keep freed memory.
 
     Call once per worker process, before the first forward; calling again changes nothing.
 
@@ -190,6 +197,4 @@ def tune_process(torch_threads: int = 1) -> bool:
 
     if torch.get_num_threads() != torch_threads:
         torch.set_num_threads(torch_threads)
-    # Else convolutions are rounded to 10 bits of mantissa (TF32): a component moves by 1e-3.
-    torch.backends.cudnn.allow_tf32 = False
     return keep_freed_memory()

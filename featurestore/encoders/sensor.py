@@ -3,7 +3,8 @@
 Per channel: mean, standard deviation, minimum, quartiles, maximum, root mean square, skewness, kurtosis, slope (of a straight
 line, from the window's beginning to its end), share of steps that cross the mean; of the periodogram (mean taken away, Hann
 window) its entropy, its centroid and the logarithm of its power; then the shares of that power in `bands` bands of equal width
-from 0 to half the sampling rate. What a constant channel has no figure for is 0.
+from 0 to half the sampling rate. What a constant channel has no figure for is 0, and its power is `FLOOR`. A channel is
+constant where it strays from its mean by less than float32 resolves of its values, whatever its unit: teslas are 1e-5.
 
 Legend: N readings, C channels, F frequencies, K features of a channel.
 Source: the features of the UCI HAR data set (Anguita et al. 2013), by name; Welch's periodogram of one segment.
@@ -26,7 +27,9 @@ STATISTICS = (
     *("mean", "std", "min", "q25", "median", "q75", "max", "rms", "skewness", "kurtosis", "slope", "crossings"),
     *("entropy", "centroid", "log_power"),
 )
-FLOOR = 1e-12
+FLOOR = 1e-38
+"""About the least that float32 holds in full."""
+RESOLUTION = 2.0**-23
 
 
 class Options(EncoderOptions):
@@ -55,6 +58,7 @@ class Encoder(BaseEncoder):
         return {
             "features": [*STATISTICS, *(f"band{each}" for each in range(self.options.bands))],
             "window": "hann, periodic",
+            "constant": f"deviates by less than {RESOLUTION} of the largest",
         }
 
     def decode(self, raw: bytes) -> NDArray[np.float32]:
@@ -74,8 +78,9 @@ class Encoder(BaseEncoder):
 
 def _features_CK(values_NC: NDArray[np.float64], bands: int) -> NDArray[np.float64]:
     mean_C, std_C = values_NC.mean(0), values_NC.std(0)
-    centred_NC = values_NC - mean_C
-    z_NC = np.divide(centred_NC, std_C, out=np.zeros_like(centred_NC), where=std_C > FLOOR)
+    varies_C = std_C > RESOLUTION * np.abs(values_NC).max(0)
+    centred_NC = np.where(varies_C, values_NC - mean_C, 0.0)
+    z_NC = np.divide(centred_NC, std_C, out=np.zeros_like(centred_NC), where=varies_C)
     time_N = np.linspace(-0.5, 0.5, len(values_NC)) if len(values_NC) > 1 else np.zeros(1)
     slope_C = (time_N @ centred_NC) / max((time_N**2).sum(), FLOOR)
     crossings_C = (np.diff(np.signbit(centred_NC), axis=0).mean(0)) if len(values_NC) > 1 else np.zeros_like(mean_C)
@@ -90,10 +95,10 @@ def _spectrum(centred_NC: NDArray[np.float64], bands: int) -> list[NDArray[np.fl
     window_N1 = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(count) / count))[:, None]
     power_FC = np.abs(np.fft.rfft(centred_NC * window_N1, axis=0)) ** 2 / count
     total_C = power_FC.sum(0)
-    share_FC = np.divide(power_FC, total_C, out=np.zeros_like(power_FC), where=total_C > FLOOR)
+    share_FC = np.divide(power_FC, total_C, out=np.zeros_like(power_FC), where=total_C > 0)
     # 0 is the mean, 1 half the sampling rate.
     frequency_F = np.arange(len(power_FC)) / max(count / 2, 1)
     band_F = np.minimum((frequency_F * bands).astype(int), bands - 1)
     shares = [share_FC[band_F == band].sum(0) for band in range(bands)]
     entropy_C = -sum(share * np.log(np.maximum(share, FLOOR)) for share in shares)
-    return [np.asarray(entropy_C), frequency_F @ share_FC, np.log(total_C + FLOOR), *shares]
+    return [np.asarray(entropy_C), frequency_F @ share_FC, np.log(np.maximum(total_C, FLOOR)), *shares]

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -103,11 +104,43 @@ def test_sixteen_bits_keep_their_upper_eight() -> None:
     assert np.asarray(media.decode_image(encoded(grey)))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
-def test_exif_rotation_is_applied() -> None:
-    image = Image.new("RGB", (20, 10), "white")
-    exif = image.getexif()
-    exif[0x0112] = 6
-    assert media.decode_image(encoded(image, "JPEG", exif=exif)).size == (10, 20)
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    # What is stored, so that the picture, seen upright, has red at its top left and blue at its top right.
+    [
+        (1, lambda stored: stored),
+        (3, lambda stored: stored.transpose(Image.Transpose.ROTATE_180)),
+        (6, lambda stored: stored.transpose(Image.Transpose.ROTATE_270)),
+        (8, lambda stored: stored.transpose(Image.Transpose.ROTATE_90)),
+        (2, lambda stored: stored.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+    ],
+)
+def test_exif_rotation_is_applied_the_right_way_round(
+    orientation: int, upright: Callable[[Image.Image], Image.Image]
+) -> None:
+    stored = Image.new("RGB", (40, 20), "white")
+    stored.paste("red", (0, 0, 20, 10))
+    stored.paste("blue", (20, 0, 40, 10))
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    found = np.asarray(media.decode_image(encoded(stored, "PNG", exif=exif)))
+    np.testing.assert_array_equal(found, np.asarray(upright(stored)))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "green")]
+    raw = encoded(
+        frames[0],
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        duration=100,
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
+    with Image.open(io.BytesIO(raw)) as opened:
+        assert getattr(opened, "n_frames", 1) == 3
+    np.testing.assert_array_equal(np.asarray(media.decode_image(raw)), np.asarray(frames[0]))
 
 
 def test_a_jpeg_shrinks_no_further_than_asked() -> None:
@@ -164,6 +197,22 @@ def test_sound_comes_out_mono_at_the_rate_asked_for(kind: str, subtype: str) -> 
     assert spectrum.argmax() == 440
     # The mean of the two channels' 0.5 and 0.1.
     assert np.sqrt(2 * np.mean(samples[2000:-2000] ** 2)) == pytest.approx(0.3, abs=0.01)
+
+
+def test_eight_channels_at_96_khz_are_their_mean_at_the_rate_asked_for() -> None:
+    time = np.arange(96_000) / 96_000
+    tone = np.sin(2 * np.pi * 440 * time)
+    found = media.decode_audio(wav(tone[:, None] * np.arange(8) / 28, 96_000), 16_000)  # a mean of an eighth
+    assert found.shape == (16_000,)
+    expected = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000) / 8
+    np.testing.assert_allclose(found[500:-500], expected[500:-500], atol=2e-3)
+    # What the lower rate cannot hold is filtered out, not folded down.
+    high = media.decode_audio(wav(np.sin(2 * np.pi * 20_000 * time), 96_000), 16_000)
+    assert np.abs(high[500:-500]).max() < 1e-3
+
+
+def test_a_sound_of_one_sample_is_that_sample() -> None:
+    np.testing.assert_allclose(media.decode_audio(wav(np.array([0.25])), 16_000), [0.25], atol=1e-6)
 
 
 def test_long_sound_is_cut_from_the_start() -> None:

@@ -23,6 +23,7 @@ from featurestore.errors import DecodeError, EndpointError, InputError
 from tests.embeddings_server import EmbeddingsServer, Reply, serving, values_of, vector_of
 
 KEY = "sk-this-is-the-secret-4711"
+PAUSES_S = endpoint.PAUSES_S
 TEXTS = ["a red bird", "x", "Ein Vogel, рыба und 🐸.", "a long text " * 60]
 
 
@@ -148,6 +149,17 @@ def test_what_may_pass_is_tried_again(server: EmbeddingsServer, fault: Reply) ->
     server.behave = faults(fault, fault)
     np.testing.assert_allclose(found(server).encode(TEXTS), expected(TEXTS), atol=1e-6)
     assert len(server.asked) == 3
+
+
+def test_an_endpoint_that_answers_429_for_a_minute_costs_a_minute(
+    server: EmbeddingsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(endpoint, "PAUSES_S", PAUSES_S)
+    monkeypatch.setattr(endpoint.time, "sleep", slept.append)
+    server.behave = lambda *_: Reply(429) if sum(slept) < 60 else None
+    np.testing.assert_allclose(found(server).encode(["a"]), expected(["a"]), atol=1e-6)
+    assert 60 <= sum(slept) < 130
 
 
 def test_what_does_not_pass_is_told_after_all_tries(server: EmbeddingsServer) -> None:

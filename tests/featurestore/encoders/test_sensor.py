@@ -34,6 +34,18 @@ def test_a_straight_line_has_its_slope_and_noise_fills_all_bands() -> None:
     assert [found[f"band{each}"] for each in range(8)] == pytest.approx([1 / 8] * 8, abs=0.01)
 
 
+def test_another_unit_moves_the_scale_and_nothing_else() -> None:
+    wave = 3 + np.sin(2 * np.pi * 5 * np.arange(128) / 128) + 0.1 * np.random.default_rng(0).normal(size=128)
+    plain, small = described(wave), described(1e-9 * wave)
+    scaled = ("mean", "std", "min", "q25", "median", "q75", "max", "rms", "slope")
+    for name, value in plain.items():
+        if name == "log_power":
+            assert small[name] == pytest.approx(value - 2 * np.log(1e9), rel=1e-4)
+        else:
+            assert small[name] == pytest.approx(value * (1e-9 if name in scaled else 1), rel=1e-3, abs=1e-12)
+    assert plain["band0"] > 0.5
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_constant_or_a_short_window_has_finite_figures(count: int) -> None:
     found = described(np.full(count, 7.0))
