@@ -484,7 +484,7 @@ def export(
     views: Annotated[list[str], typer.Argument(metavar="VIEW…", help="Views of one corpus.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     format: Annotated[str, typer.Option(help="webdataset")] = "webdataset",
-    raw: Annotated[bool, typer.Option("--raw", help="Put the raw fields beside the vectors.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Add the raw fields, a sensor's as KEY.FIELD.raw.npy.")] = False,
     version: Version = None,
 ) -> None:
     """Write views as WebDataset shards, in the corpus's own shards and order."""
