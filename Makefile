@@ -11,8 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/.installed-run
 	$(BIN)/python -m jobs.recipes.stamps
-	$(BIN)/braid run jobs/recipes/stamps.yaml --metrics build/run.json
-	$(BIN)/python -m jobs.demo jobs/recipes/stamps.yaml --metrics build/run.json --out build/demo.json
+	$(BIN)/braid run jobs/recipes/stamps.yaml --metrics build/runs/$$(date +%s).json
+	$(BIN)/python -m jobs.demo jobs/recipes/stamps.yaml --metrics build/runs/*.json --out build/demo.json
 
 test: .venv/.installed-dev
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ SPACE, INDEX, TRAINING = "space", "index", "training"
 BUILDS = (SPACE, INDEX, TRAINING)
 NAMES = {SPACE: "space", INDEX: "index", TRAINING: "training set"}
 FOLDERS = {SPACE: "spaces", INDEX: "indexes", TRAINING: "training"}
-VERSION = 2
+VERSION = 3
 """Part of every build's key: raise it when what a build computes changes."""
 
 

@@ -39,7 +39,7 @@ def certify(
     Returns:
         `passed`; `samples` per split; `shared_groups` and for each field `shared_bytes`, each `{count, examples}`
         with up to 20 examples `{splits, ids}` (a group or a digest counts once, however many samples share it); `labels`
-        per split and class; `patterns` per split and presence pattern (`image+sound`, `none`).
+        per split and class; `patterns` per split and presence pattern of the fields of `digests` (`image+sound`, `none`).
 
     Raises:
         InputError: columns of different lengths, or a sample without a split or group.

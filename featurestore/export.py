@@ -24,7 +24,8 @@ def export_webdataset(store: FeatureStore, views: Sequence[str], out: Path, raw:
 
     While the corpus grows, these are the shards that the views cover. A sample has `<key>.json` (id, group and the corpus's
     columns), `<key>.<view>.npy` (float32 [dim], pickle-free) for each view where its value is present (a missing vector is a
-    missing member, never zeros) and, with `raw`, its raw fields.
+    missing member, never zeros) and, with `raw`, its raw fields as they are, `<key>.<field>.<ext>`. One that is a .npy file
+    itself, as a sensor's readings are (float32 [N, C]), is `<key>.<field>.raw.npy`, so that a view may have its field's name.
 
     Raises:
         InputError: no view, views of different corpora, or a folder that holds files already or cannot be made.
@@ -88,4 +89,6 @@ def _members(corpus: Corpus, views: Sequence[View], shard: str, raw: bool) -> It
         for field in corpus.fields if raw else ():
             value = corpus.value(shard, row, field)
             if value is not None:
-                yield member_name(about["id"], field, rows[field][row].as_py()["ext"]), value
+                ext = rows[field][row].as_py()["ext"]
+                # No view's name has a dot, so none is that of this member.
+                yield member_name(about["id"], field, "raw.npy" if ext == "npy" else ext), value

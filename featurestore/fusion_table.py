@@ -42,8 +42,9 @@ def fusion_table(
 
     Returns:
         `{kind: {"complete": cell, "half": cell}}`, a cell being `accuracy` (mean of the splits), `ci95` ([low, high],
-        by resampling groups, each with all its predictions in all splits), `n` (test predictions of all splits)
-        and `n_present` (those of them that had a value to go by).
+        by resampling groups, each with all its predictions in all splits), `n` (predictions, of the test samples of all
+        splits: a sample counts once in each split that tests it), `n_present` (those of them that had a value to go by),
+        `splits` (how many) and `samples` (test samples a split, mean: `n` / `splits`).
 
     Raises:
         InputError: lengths differ, a view has a reserved name, or there are too few groups for the protocol.
@@ -120,6 +121,8 @@ def _cell(tests: Sequence[tuple[Mask, Mask]], groups: Sequence[Ints], draws: Flo
         "ci95": [float(low), float(high)],
         "n": sum(len(r) for r, _ in tests),
         "n_present": int(sum(has.sum() for _, has in tests)),
+        "splits": len(tests),
+        "samples": float(np.mean([len(r) for r, _ in tests])),
     }
 
 

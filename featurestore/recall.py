@@ -76,7 +76,8 @@ def evaluate(
 
     Returns:
         For each direction `recall@k` (through `search`), `sd@k` over the splits, `chance@10`, `exact@10` (brute
-        force), `n` (test pairs a split, mean), `splits`, and `corpus`: the same with all pairs as the gallery.
+        force: where `search` is exact, as through a Flat index, that is `recall@10` again, but for ties), `n` (test pairs
+        a split, mean), `splits`, and `corpus`: the same with all pairs as the gallery.
         A sample standard deviation over splits that share training pairs: smaller than between fresh corpora.
     """
     _check(pairs)

@@ -114,11 +114,16 @@ def _run(
     beam_args: list[str] | None,
     workers: int = 1,
     log_json: bool = False,
-) -> list[Any]:
+    metrics: Path | None = None,
+) -> None:
     if log_json:
         from pipelines import log
 
         log.start()
+    if metrics is not None:
+        from jobs.metrics import check_path
+
+        check_path(metrics)
     spec = _spec(path)
     if only is not None:
         spec.view(only)
@@ -126,16 +131,13 @@ def _run(
     from jobs.run import Runner
 
     # A bar would be drawn over the lines of JSON.
-    runner = Runner(spec, _say(bars=not log_json), beam_args or (), workers)
-    done = runner.run(stages, only)
-    if done:
+    if Runner(spec, _say(bars=not log_json), beam_args or (), workers, metrics).run(stages, only):
         from featurestore.catalog import Catalog
 
         snapshot = Catalog(spec.store).snapshot()
         rejected = sum(entry.rows for entry in snapshot.entries("quarantine"))
         note = f"; {counted(rejected, 'value')} in quarantine, see: braid quarantine {path}" if rejected else ""
         _say().print(f"store {spec.store.uri}, version {snapshot.version}{note}")
-    return done
 
 
 def _quiet() -> None:
@@ -232,7 +234,9 @@ def run(
     spec: SpecPath,
     metrics: Annotated[
         Path | None,
-        typer.Option(help="Write what each step took to this file: JSON, or Prometheus text if it ends in .prom."),
+        typer.Option(
+            help="After each step, write what they took to this file: JSON, or Prometheus text if it ends in .prom."
+        ),
     ] = None,
     workers: WorkerCount = 1,
     log_json: LogJson = False,
@@ -241,13 +245,7 @@ def run(
     """Run every stage that is stale: shard, encode, align, index, fuse."""
     from jobs.plan import STAGES
 
-    if metrics is not None:
-        from jobs.metrics import check_path, write
-
-        check_path(metrics)
-    done = _run(spec, STAGES, None, beam, workers, log_json)
-    if metrics is not None:
-        write(metrics, done)
+    _run(spec, STAGES, None, beam, workers, log_json, metrics)
 
 
 @app.command()
@@ -489,7 +487,7 @@ def export(
     views: Annotated[list[str], typer.Argument(metavar="VIEW…", help="Views of one corpus.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     format: Annotated[str, typer.Option(help="webdataset")] = "webdataset",
-    raw: Annotated[bool, typer.Option("--raw", help="Put the raw fields beside the vectors.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Add the raw fields, a sensor's as KEY.FIELD.raw.npy.")] = False,
     version: Version = None,
 ) -> None:
     """Write views as WebDataset shards, in the corpus's own shards and order."""

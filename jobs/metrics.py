@@ -6,9 +6,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featurestore.errors import InputError
-from jobs.run import Done
+
+if TYPE_CHECKING:
+    from jobs.run import Done
 
 _GAUGES = {
     "braid_job_seconds": ("seconds", "Seconds that the job took, from its planning to its commit."),
@@ -41,12 +44,16 @@ def check_path(path: Path) -> None:
         raise InputError(f"--metrics {path}: cannot be written ({error.strerror}); name another file") from error
 
 
-def write(path: Path, done: Sequence[Done]) -> None:
+def write(path: Path, done: "Sequence[Done]") -> None:
     """Writes the figures of a run, whole or not at all: as Prometheus text where the name ends in .prom, else as JSON."""
     if path.suffix == ".prom":
-        text = "".join(f"{line}\n" for line in prometheus(done))
+        put(path, "".join(f"{line}\n" for line in prometheus(done)))
     else:
-        text = json.dumps([step._asdict() for step in done], indent=1)
+        put(path, json.dumps([step._asdict() for step in done], indent=1))
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     # The collector reads what ends in .prom alone.
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -56,7 +63,7 @@ def write(path: Path, done: Sequence[Done]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def prometheus(done: Iterable[Done]) -> Iterator[str]:
+def prometheus(done: "Iterable[Done]") -> Iterator[str]:
     """Lines of Prometheus's text exposition format 0.0.4; a figure that the runner does not tell has no line."""
     done = list(done)
     for metric, (field, told) in _GAUGES.items():

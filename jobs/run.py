@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from featurestore.errors import InputError
 from featurestore.ids import IDS
 from featurestore.storage import Storage
 from featurestore.views import VIEW
-from jobs import forecast, plan
+from jobs import forecast, metrics, plan
 from jobs.progress import track
 from jobs.sizes import settings_key
 from jobs.spec import Spec
@@ -39,7 +40,8 @@ class Done(NamedTuple):
     `worker_s` that they had shards to do, and `values_per_worker_s` in these; over their threads, `waiting_s` for data,
     `decoding_s`, `model_s` and `writing_s`; and `stall`, the share of `worker_s` in which the model, or its GPU, had no batch.
     `read_bytes` are of raw values, from Beam, or of the views that a build was made from; `written_bytes` are those of the
-    files that it published. `predicted` is what `braid plan --sample` said of it.
+    files that it published. `predicted` is what `braid plan --sample` said of it. `key` is what it was of: an ingest, a view's
+    recipe, or the settings of a build.
     """
 
     stage: str
@@ -62,13 +64,12 @@ class Done(NamedTuple):
     read_bytes: int | None = None
     written_bytes: int | None = None
     predicted: dict[str, Any] | None = None
+    key: str | None = None
 
     def measured(self) -> dict[str, Any]:
         """The figures, without those that are not known."""
-        told = self._asdict()
-        return {
-            name: told[name] for name in told if name not in ("stage", "name", "predicted") and told[name] is not None
-        }
+        told, others = self._asdict(), ("stage", "name", "predicted", "key")
+        return {name: told[name] for name in told if name not in others and told[name] is not None}
 
 
 class Work(NamedTuple):
@@ -83,10 +84,21 @@ class Work(NamedTuple):
 
 
 class Runner:
-    """Runs stages of one spec, on `workers` processes of this machine or on the runner that Beam's options name."""
+    """Runs stages of one spec, on `workers` processes of this machine or on the runner that Beam's options name.
 
-    def __init__(self, spec: Spec, console: Console, beam_args: Sequence[str] = (), workers: int = 1) -> None:
+    The figures of the steps so far are written to the file `metrics`, if there is one, after each of them.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        console: Console,
+        beam_args: Sequence[str] = (),
+        workers: int = 1,
+        metrics: Path | None = None,
+    ) -> None:
         self.spec, self.console, self.beam_args, self.workers = spec, console, beam_args, workers
+        self.metrics = metrics
         self.storage: Storage = spec.store
         self.done: list[Done] = []
 
@@ -107,7 +119,12 @@ class Runner:
                 self._build(stage, only)
         if not self.done:
             self.console.print("Everything is fresh: nothing was computed.")
+            self._write_metrics()
         return self.done
+
+    def _write_metrics(self) -> None:
+        if self.metrics is not None:
+            metrics.write(self.metrics, self.done)
 
     def _snapshot(self) -> Snapshot:
         return plan.open_catalog(self.storage)
@@ -147,6 +164,7 @@ class Runner:
             step = self._measured(step, outcome, work)
         log.event(told, "job end", values=step.values, rejected=step.rejected, seconds=step.seconds)
         self.done.append(step)
+        self._write_metrics()
 
     def _measured(self, step: Done, outcome: Any, work: Work | None) -> Done:
         """With what it took, beside what was predicted of it."""
@@ -158,7 +176,8 @@ class Runner:
         else:
             settings = plan.build_settings(self.spec, step.stage)[step.name]
             step, key = step._replace(**self._built(step.stage, step.name, settings)), settings_key(settings)
-        return step._replace(predicted=forecast.keep(self.storage, step.stage, step.name, key, step.measured()))
+        predicted = forecast.keep(self.storage, step.stage, step.name, key, step.measured())
+        return step._replace(predicted=predicted, key=key)
 
     def _published(self, stage: str, name: str, work: Work) -> dict[str, Any]:
         """What the catalog says of a job's own shards: right on every runner."""

@@ -1,7 +1,8 @@
 """Stage 6: assemble a late-fusion training set.
 
 One element is one set. Splits and folds go by group, heads are fitted on the train split alone, and predictions of its rows
-are out of fold. The set is published only if its certificate passes; its card holds that and the fusion table.
+are out of fold. The set is published only if its certificate passes; its card holds that and the fusion table. Sides are given
+to groups as `splits.joined` joined them; certified are the corpus's own groups, and the bytes that they were to be joined by.
 """
 
 from pathlib import Path
@@ -45,11 +46,11 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
     }
     ids, groups = samples["id"].to_pylist(), samples["group"].to_pylist()
     labels = samples[chosen["label"]].cast(pa.string()).to_pylist()
-    equal = [pc.struct_field(samples[field], "digest").to_pylist() for field in chosen["group_equal"]]
-    kept_together = splits.joined(groups, equal)
+    fields = dict.fromkeys([*(name for view in views.values() for name in view.fields), *chosen["group_equal"]])
+    digests = {field: pc.struct_field(samples[field], "digest") for field in fields}
+    kept_together = splits.joined(groups, [digests[field].to_pylist() for field in chosen["group_equal"]])
     sides = splits.assign(kept_together, chosen["splits"], chosen["seed"]).tolist()
-    digests = {name: pc.struct_field(samples[name], "digest") for view in views.values() for name in view.fields}
-    found = certificate.certify(ids, kept_together, sides, digests, labels)
+    found = certificate.certify(ids, groups, sides, digests, labels)
     certificate.require(found, f"training set {build.name!r}")
 
     classes, y = np.unique(np.asarray(labels), return_inverse=True)

@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("braid")
 
 
 class Made(NamedTuple):
-    """A corpus, its spec, and the store that `braid run` made of it."""
+    """A corpus, its spec, and the store that `braid run` made of it; what that took is in `run.json` beside the spec."""
 
     corpus: Path
     spec: Path
@@ -70,7 +70,7 @@ def _make(folder: Path, samples: int, spec_of: Callable[[Path, Path], str]) -> M
     made = Made(folder / "corpus", folder / "spec.yaml", folder / "store")
     write_planted(made.corpus, samples)
     made.spec.write_text(spec_of(made.corpus, made.store))
-    Runner(load(made.spec), Console(quiet=True)).run()
+    Runner(load(made.spec), Console(quiet=True), metrics=folder / "run.json").run()
     return made
 
 

@@ -16,11 +16,13 @@ from rich.console import Console
 from featurestore.errors import InputError
 from featurestore.export import add_member, export_webdataset
 from featurestore.identity import from_tar_key
+from featurestore.media import decode_sensor
 from featurestore.store import FeatureStore
 from jobs.run import Runner
 from jobs.spec import load
 from tests.conftest import small_spec
 from tests.planted import ODD_IDS, plant_bad_values, write_planted
+from tests.recordings import sensor_csv
 
 with warnings.catch_warnings():
     # webdataset 1.0.2 uses what torch and Python are about to drop.
@@ -157,6 +159,40 @@ def test_upstream_itself_merges_keys_as_they_are(tmp_path: Path) -> None:
         add_member(tar, "clip_00.37.jpg", b"first")
         add_member(tar, "clip_00.42.jpg", b"second")
     assert [sample["__key__"] for sample in upstream([tmp_path / "a.tar"])] == ["clip_00"]
+
+
+def test_upstream_reads_the_readings_of_a_sensor_beside_the_vector_of_a_view_of_its_name(tmp_path: Path) -> None:
+    times = np.arange(0, 4, 0.05)
+    (tmp_path / "corpus").mkdir()
+    for name in ("a", "b"):
+        sensor_csv(tmp_path / "corpus" / f"{name}.csv", times, np.stack([np.sin(times), times], axis=1))
+    rows = [{"id": name, "motion": f"{name}.csv"} for name in ("a", "b")]
+    (tmp_path / "corpus" / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "spec.yaml").write_text(f"""\
+version: 1
+store: {{uri: {tmp_path}/store}}
+corpus:
+  name: moved
+  source: {{type: streams, path: {tmp_path}/corpus/m.jsonl, windows: {{every: 1s}}}}
+  columns: {{id: id}}
+  fields:
+    motion: {{modality: sensor, from: motion, policy: window}}
+views:
+  motion: {{field: motion, encoder: sensor, options: {{channels: 2}}}}
+""")
+    Runner(load(tmp_path / "spec.yaml"), Console(quiet=True)).run()
+    store = FeatureStore(tmp_path / "store")
+    (tar,) = export_webdataset(store, ["motion"], tmp_path / "out", raw=True)
+    samples, (matrix, present) = upstream([tar], decode=True), store.view("motion").matrix()
+    assert len(samples) == len(matrix) == 8
+    assert present.all()
+    corpus = store.corpus("moved")
+    for vector, sample in zip(matrix, samples, strict=True):
+        assert {name for name in sample if not name.startswith("__")} == {"json", "motion.npy", "motion.raw.npy"}
+        assert sample["motion.npy"].tobytes() == vector.tobytes()
+        raw = corpus.value(*corpus.locate(from_tar_key(sample["__key__"])), "motion")
+        assert raw is not None
+        np.testing.assert_array_equal(sample["motion.raw.npy"], decode_sensor(raw))
 
 
 def test_two_exports_have_equal_bytes(odd: FeatureStore, tars: list[Path], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from featurestore import splits
 from featurestore.errors import InputError
 from featurestore.fusion_table import fusion_table, withhold
 from tests.featurestore.test_fusion import DIMS, K, grouped, noise, planted
@@ -27,6 +28,9 @@ def test_it_has_a_row_for_each_view_and_fusion_over_the_same_test_samples(sample
     cells = [table[kind][case] for kind in KINDS for case in ("complete", "half")]
     assert len({cell["n"] for cell in cells}) == 1
     assert cells[0]["n"] == pytest.approx(N, abs=10)
+    tests = [len(split.test) for split in splits.repeated(sample[2])]
+    for cell in cells:
+        assert (cell["n"], cell["splits"], cell["samples"]) == (sum(tests), 5, sum(tests) / 5)
     for cell in cells:
         assert cell["ci95"][0] <= cell["accuracy"] <= cell["ci95"][1]
         assert 0 <= cell["n_present"] <= cell["n"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from featurestore import splits
 from featurestore.errors import InputError
 from featurestore.store import FeatureStore
 from featurestore.verify import verify
@@ -53,6 +54,28 @@ def test_samples_with_equal_bytes_stand_on_one_side_where_the_set_says_so(small:
     assert sorted(map(len, sides.values())) == [0, len(equal)]
     assert store.card("training", "heard")["certificate"]["passed"]
     assert verify(store.storage, level="rows").findings == () or run_builds(runner(), store)
+
+
+def test_a_group_that_joining_broke_is_refused(small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: each sample a group of its own. What sides were given to holds; the corpus's groups do not."""
+    made = small.copy_to(tmp_path)
+    made.spec.write_text(made.spec.read_text().replace("train: 0.6, test: 0.4", "train: 0.5, test: 0.5"))
+    monkeypatch.setattr(splits, "joined", lambda groups, _: [f"{group}, {row}" for row, group in enumerate(groups)])
+    with pytest.raises(InputError, match=r"training set 'heard': .*\n  group in (train and test|test and train): "):
+        Runner(load(made.spec), Console(quiet=True)).run(("fuse",))
+
+
+def test_equal_bytes_of_a_field_without_a_view_that_joining_left_apart_are_refused(
+    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = small.copy_to(tmp_path)
+    manifest = made.corpus / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(row | {"caption": "The same."}) + "\n" for row in rows))
+    made.spec.write_text(made.spec.read_text().replace("label: label,", "label: label, group_equal: caption,"))
+    monkeypatch.setattr(splits, "joined", lambda groups, _: groups)
+    with pytest.raises(InputError, match=r"equal bytes of caption in (train and test|test and train): "):
+        Runner(load(made.spec), Console(quiet=True)).run(("shard", "encode", "fuse"))
 
 
 def run_builds(runner: Runner, store: FeatureStore) -> bool:
