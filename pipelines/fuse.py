@@ -20,7 +20,7 @@ from featurestore.fusion_table import fusion_table
 from featurestore.storage import Storage
 from featurestore.views import whole
 from pipelines.publish import build_entry, card_bytes
-from pipelines.runner import Result, result
+from pipelines.runner import Result, listed_in_file, result
 
 ROWS_PER_FILE = 10_000
 TRAIN = "train"
@@ -72,13 +72,18 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
         "certificate": found,
         "fusion": fusion_table(embeddings, labels, kept_together, chosen["seed"]),
     }
-    return result(build.key, _place(storage, build, table, card))
+    # A set of a million rows has some 200 files.
+    return listed_in_file(storage, result(build.key, _place(storage, build, table, card)), build.stem)
+
+
+def columns(samples: pa.Table, corpus: Corpus) -> list[str]:
+    """Names of a corpus's columns that can be learned; of one that is not stored yet its source's `kept()` tells them."""
+    return [name for name in samples.column_names if name not in {"shard", "row", "etag", *corpus.fields}]
 
 
 def _labelled(samples: pa.Table, label: str, corpus: Corpus) -> pa.ChunkedArray:
-    columns = [name for name in samples.column_names if name not in {"shard", "row", "etag", *corpus.fields}]
-    if label not in columns:
-        raise InputError(f"corpus {corpus.name!r} has no column {label!r} to learn; it has: {', '.join(columns)}")
+    if label not in (there := columns(samples, corpus)):
+        raise InputError(f"corpus {corpus.name!r} has no column {label!r} to learn; it has: {', '.join(there)}")
     labelled = pc.is_valid(samples[label])
     if not pc.any(labelled).as_py():
         raise InputError(
