@@ -133,24 +133,26 @@ class ShardEncoder:
     def encode(self, task: EncodeTask) -> Result:
         """The shard's quarantine and view file; one that an earlier run finished is taken as it is.
 
-        Where an earlier attempt was cut off, values are decoded in another process: one that kills it is quarantined as
-        `killed_decoder`, or as `decoder_timeout` where it comes to no end. Where two were, so is the model run: a value that
-        kills its forward is quarantined as `killed_encoder`, or as `encoder_timeout`.
+        Where an earlier attempt was cut off, at it or at one before it in its bundle, values are decoded in another process:
+        one that kills it is quarantined as `killed_decoder`, or as `decoder_timeout` where it comes to no end. Where two were,
+        so is the model run: a value that kills its forward is quarantined as `killed_encoder`, or as `encoder_timeout`.
         """
         receipt = f"attempts/encode/{self.plan.name}/{self.plan.recipe}/{task.shard}"
         done = self.adopt(task)
         if done is not None:
             forget(self.storage, receipt)
             return self.counted(task, done)
-        with attempt(self.storage, receipt) as cut:
-            if not cut:
+        with attempt(self.storage, receipt) as tried:
+            if not tried.cut:
                 return self.counted(task, self.make(task))
             careful, who = copy.copy(self), (self.plan.encoder, self.plan.options)
             with (
                 DecodeApart(*who) as careful._apart,
-                ForwardApart(*who) if cut > 1 else nullcontext() as careful._forward_apart,
+                ForwardApart(*who) if tried.cut > 1 else nullcontext() as careful._forward_apart,
             ):
-                return self.counted(task, careful.make(task))
+                made = careful.make(task)
+                tried.found = any(each.lost for each in (careful._apart, careful._forward_apart) if each)
+                return self.counted(task, made)
 
     def counted(self, task: EncodeTask, made: Result) -> Result:
         """A shard's Result without what was rejected of samples that are gone: nobody reads them, and no failure budget is
