@@ -38,6 +38,7 @@ import pyarrow.compute as pc
 from featurestore import artefact, encoders, views
 from featurestore.catalog import Catalog, Entry
 from featurestore.corpora import QUARANTINE, ROWS, member_header, read_rows
+from featurestore.encoders import runtime
 from featurestore.errors import AlignmentError, DecodeError, NotFound
 from featurestore.identity import input_digest, joined_digest
 from featurestore.references import read_value
@@ -123,8 +124,6 @@ class ShardEncoder:
 
     def load(self) -> None:
         """Loads the model and fixes the process's allocator and torch threads."""
-        from featurestore.encoders import runtime
-
         runtime.tune_process()
         self.encoder.load()
         if self.encoder.concurrency is None:
@@ -376,15 +375,24 @@ def _displaced(tar_path: str, row: Row, value: Value) -> AlignmentError:
     )
 
 
+class Rented(NamedTuple):
+    """What an encode job's workers are, where its runner rents them: the GPU that is paid for, and Beam's resource hints."""
+
+    accelerator: str | None = None
+    hints: Mapping[str, str] | None = None
+
+
 class EncodeWork(NamedTuple):
-    """What a worker of the encode stage does: EncodeTask -> Result."""
+    """What a worker of the encode stage does: EncodeTask -> Result. With an `accelerator` it does so on a GPU or not at all."""
 
     storage: str
     plan: ViewPlan
     version: int
+    accelerator: str | None = None
 
     def open(self, threads: int) -> ShardEncoder:
         """The encoder, loaded: one copy of the model a process."""
+        runtime.check_gpu(f"encode {self.plan.name}", self.accelerator)
         encoder = ShardEncoder(Storage.from_json(self.storage), self.plan, threads, self.version)
         encoder.load()
         return encoder
@@ -415,16 +423,14 @@ def build(
     tasks: list[EncodeTask],
     budget: float,
     version: int,
-    hints: Mapping[str, str] | None = None,
+    rented: Rented = Rented(),  # noqa: B008
 ) -> None:
-    """Puts the encode job of one view into a pipeline: every stale shard of the store's version, then one commit; hints are of
-    the encode step.
-    """
+    """Puts the encode job of one view into a pipeline: every stale shard of the store's version, then one commit."""
     scopes = [Scope(views.VIEW, plan.name, plan.recipe), Scope(QUARANTINE, f"encode/{plan.name}", plan.recipe)]
-    work = EncodeWork(storage.to_json(), plan, version)
+    work = EncodeWork(storage.to_json(), plan, version, rented.accelerator)
     (
         job.pipeline
         | "Tasks" >> beam.Create(list(enumerate(tasks)), reshuffle=False).with_output_types(tuple[int, EncodeTask])
-        | "Encode" >> Encode(plan.name, work, job.workers, hints)
+        | "Encode" >> Encode(plan.name, work, job.workers, rented.hints)
         | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget, sum(task.rows for task in tasks))
     )
