@@ -1,10 +1,12 @@
 """The entry of the Dataflow flex template: one job of a spec, chosen by the template's parameters.
 
 A launch of a flex template makes one job, and a stage reads what the one before it wrote: so a launch names a stage, and a
-view, space, index or set where the spec has several. The other arguments are Beam's, from the launcher.
+view, space, index or set where the spec has several. The other arguments are Beam's, from the launcher: what it adds that this
+Beam does not know is left out and told, where `braid` refuses it as a person's mistake.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +34,7 @@ def launch(spec_uri: str, stage: str, name: str | None, beam_args: Sequence[str]
     from jobs.plan import STAGES
     from jobs.run import Runner
     from jobs.spec import load
+    from pipelines import beam_options
 
     if stage not in STAGES:
         raise InputError(f"--stage={stage!r} is not a stage; one of: {', '.join(STAGES)}")
@@ -42,6 +45,12 @@ def launch(spec_uri: str, stage: str, name: str | None, beam_args: Sequence[str]
         raise NotFound(f"--name={name!r}: the spec has no such thing to {stage}; it has: {', '.join(known) or 'none'}")
     if not any(arg.partition("=")[0] == "--runner" for arg in beam_args):
         beam_args = ["--runner=DataflowRunner", *beam_args]
+    beam_args, unknown = beam_options.known(beam_args)
+    if unknown:
+        told = ", ".join(unknown)
+        logging.getLogger("braid.flex").warning(
+            "left out what this Beam does not know of the launcher's options: %s", told
+        )
     if not Runner(spec, Console(), beam_args).run([stage], name):
         raise InputError(f"--stage={stage}: everything of it is fresh, there is no job to launch")
 

@@ -76,9 +76,8 @@ class Retrier(Runner):
         if not tasks:
             return
         job, begun = self._job("encode", planned.name, len(tasks)), time.monotonic()
-        hints = dataflow.hints(self.beam_args, self._resources(planned.name))
         budget, shards = self.spec.corpus.failure_budget, {task.shard for task in tasks}
-        pipeline.build_view(job, self.storage, planned, tasks, budget, before.version, hints)
+        pipeline.build_view(job, self.storage, planned, tasks, budget, before.version, self._rented(planned.name))
         total = sum(task.rows for task in tasks)
         self._carry_out(job, "encode", planned.name, begun, Work(total, None, shards.__contains__))
         after, tried = pipeline.view_rejections(self._snapshot(), planned), self.done[-1].values

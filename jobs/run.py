@@ -109,6 +109,9 @@ class Runner:
             InputError: Beam's options are wrong, whether there is anything to run or not.
         """
         checked(self._args("shard", self.spec.corpus.name), self.workers)
+        for view in self.spec.views if "encode" in stages else ():
+            # Before the first job, not after an hour's.
+            dataflow.hints(self.beam_args, self._resources(view))
         self.storage.clean_scratch()
         for stage in stages:
             if stage == "shard":
@@ -148,6 +151,14 @@ class Runner:
 
     def _resources(self, view: str) -> dataflow.Resources:
         return dataflow.Resources(**self.spec.views[view].resources.model_dump())
+
+    def _rented(self, view: str) -> encode.Rented:
+        """What the workers of a view's encode job are, where the runner rents them; a machine that was chosen is told."""
+        resources = self._resources(view)
+        if chosen := dataflow.choice(self.beam_args, resources):
+            log.event(f"encode {view}", "machine chosen", detail=chosen)
+            self.console.print(f"encode {view}: {chosen}", markup=False)
+        return encode.Rented(dataflow.accelerator(self.beam_args, resources), dataflow.hints(self.beam_args, resources))
 
     def _carry_out(self, job: Job, stage: str, name: str, begun: float, work: Work | None = None) -> None:
         told = f"{stage} {name}"
@@ -241,8 +252,8 @@ class Runner:
             time.monotonic(),
             {task.shard: task.rows for task in tasks},
         )
-        hints = dataflow.hints(self.beam_args, self._resources(planned.name))
-        encode.build(job, self.storage, planned, tasks, self.spec.corpus.failure_budget, version, hints)
+        budget, rented = self.spec.corpus.failure_budget, self._rented(planned.name)
+        encode.build(job, self.storage, planned, tasks, budget, version, rented)
 
         def done() -> int:
             stems = {

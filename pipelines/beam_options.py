@@ -35,6 +35,18 @@ def given(args: Sequence[str]) -> dict[str, Any]:
     return chosen
 
 
+def known(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options in two: those that Beam and the named runner know, and the others."""
+    unknown = _parser(args).parse_known_args(list(args))[1]
+    kept, rest = [], list(unknown)
+    for arg in args:
+        if rest and arg == rest[0]:
+            rest.pop(0)
+        else:
+            kept.append(arg)
+    return kept, unknown
+
+
 def check_files(chosen: dict[str, Any]) -> None:
     """InputError where a file that Beam is to bring to the workers is not there: Beam finds out in the middle of submitting."""
     for name in ("setup_file", "requirements_file", "extra_packages"):

@@ -6,9 +6,13 @@ Each stage is a job of its own, so that only encode pays for a view's GPUs and i
   and must not be combined with the service option `worker_accelerator`. So the hint is all that is sent for a GPU, and a
   user who passes that service option takes the hint's place with it.
   https://cloud.google.com/dataflow/docs/guides/right-fitting
-- The hint reads `type:…;count:…;machine_type:…;install-nvidia-driver`. An L4 exists on G2 machines only, and they have no use
-  without it: with a GPU the machine type goes into the hint, so that the job's other steps do not get that machine.
-  https://cloud.google.com/dataflow/docs/gpu/use-l4-gpus
+- The hint reads `type:…;count:…;machine_type:…;install-nvidia-driver:…`. An L4 exists on G2 machines only, and they have no use
+  without it: with a GPU the machine type goes into the hint, so that the job's other steps do not get that machine. Where
+  nobody names one, it is the smallest that has the GPU and the memory.
+  https://cloud.google.com/dataflow/docs/gpu/use-l4-gpus https://cloud.google.com/compute/docs/gpus
+- Without a version the driver is the default of the workers' Container-Optimized OS: 525 or newer is all that is promised for
+  an L4, and CUDA 13 (worker-gpu) needs 580. `latest` is the newest which that OS has.
+  https://cloud.google.com/dataflow/docs/gpu/use-gpus
 - Python gets one SDK process per vCPU, each of which sees the GPU; `no_use_multiple_sdk_containers` makes it one.
   https://cloud.google.com/dataflow/docs/concepts/gpu-support
 - A worker's boot disk has 25 GB, and images with CUDA are large: with a GPU it gets the 50 GB that Google advises.
@@ -25,6 +29,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from apache_beam.transforms.resources import MinRamHint
+
 from featurestore.errors import BraidError, InputError, JobError, MissingExtra
 from featurestore.storage import Storage
 from pipelines.beam_options import given, runner
@@ -35,6 +41,21 @@ GPU_DISK_GB = 50
 MAX_NAME = 63
 SHIPPED_BY = {"sdk_container_image", "worker_harness_container_image", "setup_file", "extra_packages"}
 """Options that bring Braid's code to the workers."""
+MACHINES = {
+    "nvidia-l4": {
+        "g2-standard-4": 16,
+        "g2-standard-8": 32,
+        "g2-standard-12": 48,
+        "g2-standard-16": 64,
+        "g2-standard-32": 128,
+    },
+    "nvidia-tesla-t4": {"n1-standard-4": 15, "n1-standard-8": 30, "n1-standard-16": 60, "n1-standard-32": 120},
+    "nvidia-tesla-a100": {"a2-highgpu-1g": 85},
+    "nvidia-a100-80gb": {"a2-ultragpu-1g": 170},
+    "nvidia-h100-80gb": {"a3-highgpu-1g": 234},
+}
+"""GPU -> the machine types that one of it comes with, smallest first, and their GiB of memory. Not here: what CUDA 13 has no
+code for (P4, P100, V100), and what is rented by more than one."""
 
 
 class Resources(NamedTuple):
@@ -66,9 +87,9 @@ def job_args(
 ) -> list[str]:
     """The options of one stage's job: the user's, which win, and what they leave open. Other runners' come back as they are.
 
-    A view's `machine_type` beside its GPU is part of the hint (an L4 exists on G2 alone), which no option of the job's pool
-    touches; pass `--resource_hints accelerator=…` to take its place. One thing of the spec wins over the user's options: a
-    view's own image, for its encode job, because `--sdk_container_image` is for every job of a run.
+    The machine type of a view's GPU is part of the hint (an L4 exists on G2 alone), which no option of the job's pool touches
+    but `--machine_type` of such a machine; pass `--resource_hints accelerator=…` to take its place. One thing of the spec wins
+    over the user's options: a view's own image, for its encode job, because `--sdk_container_image` is for every job of a run.
 
     Args:
         args: Beam's options, from the user.
@@ -114,21 +135,70 @@ def _encode_args(options: dict[str, Any], resources: Resources, shards: int) -> 
 
 
 def hints(args: Sequence[str], resources: Resources) -> dict[str, str]:
-    """The resource hints of a view's encode step: what the user's own options do not say; none for other runners."""
+    """The resource hints of a view's encode step: what the user's own options do not say; none for other runners.
+
+    Raises:
+        InputError: nobody names a machine type for the GPU, and Braid knows none that has it and the memory.
+    """
     return _hints(given(args), resources) if chosen(args) else {}
 
 
 def _hints(options: dict[str, Any], resources: Resources) -> dict[str, str]:
-    found = {}
-    if resources.accelerator:
-        machine = f"machine_type:{resources.machine_type};" if resources.machine_type else ""
-        found["accelerator"] = f"type:{resources.accelerator};count:1;{machine}install-nvidia-driver"
-    if resources.min_ram:
+    theirs, found = _theirs(options), {}
+    if resources.accelerator and "accelerator" not in theirs:
+        machine = f"machine_type:{_machine(options, resources)}"
+        found["accelerator"] = f"type:{resources.accelerator};count:1;{machine};install-nvidia-driver:latest"
+    if resources.min_ram and "min_ram" not in theirs:
         found["min_ram"] = resources.min_ram
-    theirs = {hint.partition("=")[0] for hint in options.get("resource_hints", [])}
-    if any(option.startswith("worker_accelerator") for option in options.get("dataflow_service_options", [])):
-        theirs.add("accelerator")
-    return {hint: value for hint, value in found.items() if hint not in theirs}
+    return found
+
+
+def _theirs(options: dict[str, Any]) -> dict[str, str]:
+    """The hints of the user's own options."""
+    found = [hint.partition("=")[::2] for hint in options.get("resource_hints", [])]
+    services = dict(option.partition("=")[::2] for option in options.get("dataflow_service_options", []))
+    return dict(found) | ({"accelerator": services["worker_accelerator"]} if "worker_accelerator" in services else {})
+
+
+def _machine(options: dict[str, Any], resources: Resources) -> str:
+    """The machine type of a view's GPU: the spec's, the user's where it comes with that GPU, or the smallest that will do."""
+    gpu, memory = resources.accelerator, _theirs(options).get("min_ram", resources.min_ram)
+    if resources.machine_type:
+        return resources.machine_type
+    if gpu not in MACHINES:
+        raise InputError(
+            f"views.<view>.resources.accelerator {gpu!r}: Braid knows no machine type that has one; write machine_type beside "
+            f"it, or take one of: {', '.join(MACHINES)}"
+        )
+    known = MACHINES[gpu]
+    if options.get("machine_type") in known:
+        return str(options["machine_type"])
+    least = int(*MinRamHint.parse(memory).values()) if memory else 0
+    found = next((machine for machine, gib in known.items() if gib << 30 >= least), None)
+    if found is None:
+        raise InputError(
+            f"min_ram {memory}: no machine with one {gpu} has so much memory ({list(known)[-1]} has {list(known.values())[-1]} "
+            "GiB); lower views.<view>.resources.min_ram, or write a machine_type beside it"
+        )
+    return found
+
+
+def choice(args: Sequence[str], resources: Resources) -> str | None:
+    """Which machine type was chosen for a view's GPU, in words; None where the user named it, or none is sent."""
+    if resources.machine_type or "accelerator" not in hints(args, resources):
+        return None
+    machine, memory = _machine(given(args), resources), resources.min_ram
+    if machine == given(args).get("machine_type"):
+        return None
+    return (
+        f"on {machine}, the smallest machine with one {resources.accelerator}{f' and {memory}' if memory else ''}; "
+        "resources.machine_type of the view names another"
+    )
+
+
+def accelerator(args: Sequence[str], resources: Resources) -> str | None:
+    """The GPU that the workers of a view's encode job are rented with, by the spec or by the user's options; None: no GPU."""
+    return (resources.accelerator or _theirs(given(args)).get("accelerator")) if chosen(args) else None
 
 
 def template(args: Sequence[str]) -> bool:

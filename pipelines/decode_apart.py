@@ -1,11 +1,12 @@
 """Decoding and encoding in child processes, so that a value which kills them (segfault, out of memory, without end) kills no
 worker.
 
-For shards at which earlier attempts were cut off: from the second attempt on values are decoded in a child, one at a time, so
-that the one it dies of is known; from the third on the model runs in a child too, on the batches of any attempt, whose vectors
-stay what they are byte for byte. A batch that kills the child is run again value by value: the one that does so then is known,
-and the others' vectors are those of batches of one. Whatever kills a child is tried again in a fresh one first, as the kernel
-may have killed it for another's memory. A child holds a model of its own beside the worker's.
+For shards at which earlier attempts were cut off, and those behind them (pipelines/attempts.py): from the second attempt on
+values are decoded in a child, one at a time, so that the one it dies of is known; from the third on the model runs in a child
+too, on the batches of any attempt, whose vectors stay what they are byte for byte. A batch that kills the child is run again
+value by value: the one that does so then is known, and the others' vectors are those of batches of one. Whatever kills a child
+is tried again in a fresh one first, as the kernel may have killed it for another's memory. A child holds a model of its own
+beside the worker's.
 """
 
 import os
@@ -93,10 +94,13 @@ class _Apart:
     """A function in a process of its own, started with the first call; used as a context, it is ended with it.
 
     May be called from several threads: they take turns.
+
+    Attributes:
+        lost: whether a value was found that kills it, or comes to no end.
     """
 
     def __init__(self, noun: str, work: _Work) -> None:
-        self._noun, self._work = noun, work
+        self._noun, self._work, self.lost = noun, work, False
         self._process: Process | None = None
         self._turn, self._closed = threading.Lock(), False
 
@@ -111,6 +115,7 @@ class _Apart:
                 except _Lost as each:
                     self._end()
                     lost = each
+            self.lost = True
             raise lost
 
     def _call(self, task: tuple[Any, ...]) -> Any:

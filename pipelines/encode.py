@@ -38,6 +38,7 @@ import pyarrow.compute as pc
 from featurestore import artefact, encoders, views
 from featurestore.catalog import Catalog, Entry
 from featurestore.corpora import QUARANTINE, ROWS, member_header, read_rows
+from featurestore.encoders import runtime
 from featurestore.errors import AlignmentError, DecodeError, NotFound
 from featurestore.identity import input_digest, joined_digest
 from featurestore.references import read_value
@@ -123,8 +124,6 @@ class ShardEncoder:
 
     def load(self) -> None:
         """Loads the model and fixes the process's allocator and torch threads."""
-        from featurestore.encoders import runtime
-
         runtime.tune_process()
         self.encoder.load()
         if self.encoder.concurrency is None:
@@ -133,24 +132,26 @@ class ShardEncoder:
     def encode(self, task: EncodeTask) -> Result:
         """The shard's quarantine and view file; one that an earlier run finished is taken as it is.
 
-        Where an earlier attempt was cut off, values are decoded in another process: one that kills it is quarantined as
-        `killed_decoder`, or as `decoder_timeout` where it comes to no end. Where two were, so is the model run: a value that
-        kills its forward is quarantined as `killed_encoder`, or as `encoder_timeout`.
+        Where an earlier attempt was cut off, at it or at one before it in its bundle, values are decoded in another process:
+        one that kills it is quarantined as `killed_decoder`, or as `decoder_timeout` where it comes to no end. Where two were,
+        so is the model run: a value that kills its forward is quarantined as `killed_encoder`, or as `encoder_timeout`.
         """
         receipt = f"attempts/encode/{self.plan.name}/{self.plan.recipe}/{task.shard}"
         done = self.adopt(task)
         if done is not None:
             forget(self.storage, receipt)
             return self.counted(task, done)
-        with attempt(self.storage, receipt) as cut:
-            if not cut:
+        with attempt(self.storage, receipt) as tried:
+            if not tried.cut:
                 return self.counted(task, self.make(task))
             careful, who = copy.copy(self), (self.plan.encoder, self.plan.options)
             with (
                 DecodeApart(*who) as careful._apart,
-                ForwardApart(*who) if cut > 1 else nullcontext() as careful._forward_apart,
+                ForwardApart(*who) if tried.cut > 1 else nullcontext() as careful._forward_apart,
             ):
-                return self.counted(task, careful.make(task))
+                made = careful.make(task)
+                tried.found = any(each.lost for each in (careful._apart, careful._forward_apart) if each)
+                return self.counted(task, made)
 
     def counted(self, task: EncodeTask, made: Result) -> Result:
         """A shard's Result without what was rejected of samples that are gone: nobody reads them, and no failure budget is
@@ -374,15 +375,24 @@ def _displaced(tar_path: str, row: Row, value: Value) -> AlignmentError:
     )
 
 
+class Rented(NamedTuple):
+    """What an encode job's workers are, where its runner rents them: the GPU that is paid for, and Beam's resource hints."""
+
+    accelerator: str | None = None
+    hints: Mapping[str, str] | None = None
+
+
 class EncodeWork(NamedTuple):
-    """What a worker of the encode stage does: EncodeTask -> Result."""
+    """What a worker of the encode stage does: EncodeTask -> Result. With an `accelerator` it does so on a GPU or not at all."""
 
     storage: str
     plan: ViewPlan
     version: int
+    accelerator: str | None = None
 
     def open(self, threads: int) -> ShardEncoder:
         """The encoder, loaded: one copy of the model a process."""
+        runtime.check_gpu(f"encode {self.plan.name}", self.accelerator)
         encoder = ShardEncoder(Storage.from_json(self.storage), self.plan, threads, self.version)
         encoder.load()
         return encoder
@@ -413,16 +423,14 @@ def build(
     tasks: list[EncodeTask],
     budget: float,
     version: int,
-    hints: Mapping[str, str] | None = None,
+    rented: Rented = Rented(),  # noqa: B008
 ) -> None:
-    """Puts the encode job of one view into a pipeline: every stale shard of the store's version, then one commit; hints are of
-    the encode step.
-    """
+    """Puts the encode job of one view into a pipeline: every stale shard of the store's version, then one commit."""
     scopes = [Scope(views.VIEW, plan.name, plan.recipe), Scope(QUARANTINE, f"encode/{plan.name}", plan.recipe)]
-    work = EncodeWork(storage.to_json(), plan, version)
+    work = EncodeWork(storage.to_json(), plan, version, rented.accelerator)
     (
         job.pipeline
         | "Tasks" >> beam.Create(list(enumerate(tasks)), reshuffle=False).with_output_types(tuple[int, EncodeTask])
-        | "Encode" >> Encode(plan.name, work, job.workers, hints)
+        | "Encode" >> Encode(plan.name, work, job.workers, rented.hints)
         | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget, sum(task.rows for task in tasks))
     )

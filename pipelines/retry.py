@@ -16,7 +16,7 @@ worker dies of it, in the first attempt or in any later one. So there are no att
 import copy
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import IO, Any, NamedTuple
 
@@ -26,12 +26,13 @@ import pyarrow as pa
 from featurestore import artefact, ids, views
 from featurestore.catalog import Catalog, Entry, Snapshot
 from featurestore.corpora import MEDIA, MEMBER, QUARANTINE, ROWS, Corpus, member_header, read_rows
+from featurestore.encoders import runtime
 from featurestore.errors import AlignmentError, DecodeError
 from featurestore.identity import hash64, input_digest
 from featurestore.ids import IDS
 from featurestore.storage import Storage
 from pipelines.decode_apart import DecodeApart
-from pipelines.encode import Encode, ShardEncoder
+from pipelines.encode import Encode, Rented, ShardEncoder
 from pipelines.encode_plan import EncodeTask, ViewPlan
 from pipelines.ingest import same, twice
 from pipelines.quarantine import place_rejected, quarantined, rejection
@@ -340,14 +341,16 @@ class ViewRetrier(ShardEncoder):
 
 
 class RetryViewWork(NamedTuple):
-    """What a worker does with the shards of a view: EncodeTask -> Result."""
+    """What a worker does with the shards of a view: EncodeTask -> Result. Of the `accelerator` see EncodeWork."""
 
     storage: str
     plan: ViewPlan
     version: int
+    accelerator: str | None = None
 
     def open(self, threads: int) -> ViewRetrier:
         """The encoder, loaded."""
+        runtime.check_gpu(f"encode {self.plan.name}", self.accelerator)
         retrier = ViewRetrier(Storage.from_json(self.storage), self.plan, threads, self.version)
         retrier.load()
         return retrier
@@ -364,15 +367,15 @@ def build_view(
     tasks: list[EncodeTask],
     budget: float,
     version: int,
-    hints: Mapping[str, str] | None = None,
+    rented: Rented = Rented(),  # noqa: B008
 ) -> None:
     """Puts the job of one view into a pipeline: encode what is new or was rejected in `tasks`, then one commit."""
     scopes = [Scope(views.VIEW, plan.name, plan.recipe), Scope(QUARANTINE, f"encode/{plan.name}", plan.recipe)]
-    work = RetryViewWork(storage.to_json(), plan, version)
+    work = RetryViewWork(storage.to_json(), plan, version, rented.accelerator)
     rows = sum(task.rows for task in tasks)
     (
         job.pipeline
         | "Tasks" >> beam.Create(list(enumerate(tasks)), reshuffle=False).with_output_types(tuple[int, EncodeTask])
-        | "Encode" >> Encode(plan.name, work, job.workers, hints)
+        | "Encode" >> Encode(plan.name, work, job.workers, rented.hints)
         | "Commit" >> Commit(storage, f"encode {plan.name}", scopes, budget, rows, version)
     )

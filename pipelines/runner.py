@@ -31,6 +31,7 @@ from featurestore.corpora import QUARANTINE
 from featurestore.errors import AlignmentError, BraidError, BudgetExceeded, InputError
 from featurestore.storage import Storage
 from pipelines import dataflow, log, portable_runner
+from pipelines.attempts import Bundle, within
 from pipelines.beam_options import check_files, given
 from pipelines.tally import Spent
 from pipelines.workers import Work, Workers
@@ -155,12 +156,13 @@ class InFlight(beam.DoFn):
     def start_bundle(self) -> None:
         """Begins with nothing in flight."""
         self._flight: set[Future[tuple[Result, float]]] = set()
+        self._bundle = Bundle()
 
     def process(self, element: tuple[int, Iterable[Any]]) -> Iterator[tuple[int, Result]]:
         """Starts tasks; waits where enough are in flight."""
         for task in element[1]:
             self._span_ms.update(_now_ms())
-            self._flight.add(self._threads.submit(self._do, task))
+            self._flight.add(self._threads.submit(self._do, task, self._bundle))
             if len(self._flight) > self._at_once:
                 yield from self._landed()
 
@@ -170,11 +172,12 @@ class InFlight(beam.DoFn):
             for done in self._landed():
                 yield GlobalWindows.windowed_value(done)
 
-    def _do(self, task: Any) -> tuple[Result, float]:
+    def _do(self, task: Any, bundle: Bundle) -> tuple[Result, float]:
         begun = time.monotonic()
         try:
             opened = self._opened
-            made: Result = opened.do(task) if isinstance(opened, Workers) else self._work.do(opened, task)
+            with within(bundle):
+                made: Result = opened.do(task) if isinstance(opened, Workers) else self._work.do(opened, task)
         except Exception as error:
             took, shard = time.monotonic() - begun, getattr(task, "shard", getattr(task, "key", None))
             self._event("shard failed", shard=shard, seconds=took, level=logging.ERROR, detail=error)

@@ -102,8 +102,8 @@ class ShardWriter:
     def write(self, task: ShardTask) -> Result:
         """The shard's tar, quarantine and rows.
 
-        Where an earlier attempt was cut off, values that are decoded here are so in another process: one that kills it is
-        quarantined as `killed_decoder`, or as `decoder_timeout` where it comes to no end.
+        Where an earlier attempt was cut off, at it or at one before it in its bundle, values that are decoded here are so in
+        another process: one that kills it is quarantined as `killed_decoder`, or as `decoder_timeout` where it comes to no end.
         """
         references = read_plan(self.storage, task)
         ids = ids_sha256(reference.id for reference in references)
@@ -112,13 +112,15 @@ class ShardWriter:
         if done is not None:
             forget(self.storage, receipt)
             return with_entries(done, task.entries)
-        with attempt(self.storage, receipt) as again:
-            if not again:
+        with attempt(self.storage, receipt) as tried:
+            if not tried.cut:
                 return with_entries(self._make(task, references, ids), task.entries)
             with DecodeApart() as apart:
                 careful = copy.copy(self)
                 careful._apart = apart
-                return with_entries(careful._make(task, references, ids), task.entries)
+                made = careful._make(task, references, ids)
+                tried.found = apart.lost
+                return with_entries(made, task.entries)
 
     def _adopt(self, task: ShardTask, ids: str) -> Result | None:
         """The Result of a shard that an earlier run finished: its rows are there, and so is the tar they name."""

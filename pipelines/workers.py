@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from featurestore.errors import WorkerDied
 from pipelines import log
+from pipelines.attempts import Bundle, within
 
 __all__ = ["Process", "Work", "Workers"]
 
@@ -115,7 +116,7 @@ class Process:
         )
 
 
-def _serve(work: Work, opened: Any, place: Connection) -> None:
+def _serve(work: Work, opened: Any, place: Connection, bundle: Bundle) -> None:
     while True:
         result, raised = None, None
         try:
@@ -123,7 +124,8 @@ def _serve(work: Work, opened: Any, place: Connection) -> None:
         except (EOFError, OSError):
             return
         try:
-            result = work.do(opened, task)
+            with within(bundle):
+                result = work.do(opened, task)
         except Exception as error:
             error.add_note(f"in a worker process: {traceback.format_exc()}")
             raised = error
@@ -154,8 +156,9 @@ def main() -> None:
         life.send(None)
     except (EOFError, OSError):
         return
+    bundle = Bundle()
     for place in places:
-        threading.Thread(target=_serve, args=(work, opened, place), daemon=True).start()
+        threading.Thread(target=_serve, args=(work, opened, place, bundle), daemon=True).start()
     try:
         life.recv()
     except (EOFError, OSError):

@@ -22,6 +22,7 @@ from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
+from featurestore.encoders import runtime
 from tests import loopback_s3
 
 PROJECT, REGION = "rehearsal", "europe-west4"
@@ -31,13 +32,21 @@ DONE, FAILED, RUNNING = "JOB_STATE_DONE", "JOB_STATE_FAILED", "JOB_STATE_RUNNING
 class Sent(NamedTuple):
     """One job as it reached the service: its JSON, its pipeline, and sha256 of each staged file.
 
-    `largest`: PCollection -> bytes of its largest element, as Beam measured it where the job was carried out.
+    `largest`: PCollection -> bytes of its largest element, as Beam measured it where the job was carried out; `rented`: what
+    its workers looked for then, each a job and a GPU.
     """
 
     job: dict[str, Any]
     pipeline: beam_runner_api_pb2.Pipeline
     staged: dict[str, str]
     largest: dict[str, int]
+    rented: set[tuple[str, str | None]]
+
+    @property
+    def images(self) -> set[str]:
+        """Of the containers that its steps run in."""
+        payloads = [each.payload for each in self.pipeline.components.environments.values()]
+        return {beam_runner_api_pb2.DockerPayload.FromString(payload).container_image for payload in payloads}
 
     @property
     def pool(self) -> dict[str, Any]:
@@ -86,7 +95,7 @@ class Service:
         pipeline.ParseFromString(Path(job["environment"]["sdkPipelineOptions"]["options"]["pipelineUrl"]).read_bytes())
         packages = [package["name"] for package in job["environment"]["workerPools"][0].get("packages", [])]
         staged = {name: hashlib.sha256((self.staging / name).read_bytes()).hexdigest() for name in packages}
-        self.sent.append(Sent(job, pipeline, staged, {}))
+        self.sent.append(Sent(job, pipeline, staged, {}, set()))
         state = self.answer(self.sent[-1])
         self.arrived.set()
         return state if isinstance(state, Refusal) else self._job(state)
@@ -155,26 +164,32 @@ def serving(staging: Path) -> Iterator[Service]:
         thread.join()
 
 
-def carry_out(sent: Sent) -> None:
-    """Runs a job from its staged pipeline, in this process instead of its containers."""
+def carry_out(sent: Sent, on_gpus: bool = True) -> None:
+    """Runs a job from its staged pipeline, in this process instead of its containers.
+
+    `on_gpus`: as if there were one; else the workers look for it themselves.
+    """
     pipeline = beam_runner_api_pb2.Pipeline()
     pipeline.CopyFrom(sent.pipeline)
     for environment in pipeline.components.environments.values():
         environment.urn, environment.payload = python_urns.EMBEDDED_PYTHON, b""
-    outcome = FnApiRunner().run_via_runner_api(pipeline, PipelineOptions())
-    outcome.wait_until_finish()
+    with pytest.MonkeyPatch.context() as patch:
+        if on_gpus:
+            patch.setattr(runtime, "check_gpu", lambda job, accelerator: sent.rented.add((job, accelerator)))
+        outcome = FnApiRunner().run_via_runner_api(pipeline, PipelineOptions())
+        outcome.wait_until_finish()
     for info in outcome.monitoring_infos():
         if info.urn == monitoring_infos.SAMPLED_BYTE_SIZE_URN:
             *_, largest = monitoring_infos.extract_distribution(info)
             sent.largest[info.labels["PCOLLECTION"]] = largest
 
 
-def carrying_out(service: Service) -> Callable[[Sent], str]:
+def carrying_out(service: Service, on_gpus: bool = True) -> Callable[[Sent], str]:
     """An answer that carries each job out, and fails as the service does: with the worker's traceback in the log."""
 
     def answer(sent: Sent) -> str:
         try:
-            carry_out(sent)
+            carry_out(sent, on_gpus)
         except Exception:
             service.messages, service.later = [traceback.format_exc()], [RUNNING, FAILED]
             return RUNNING

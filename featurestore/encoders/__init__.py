@@ -296,9 +296,9 @@ def takes(key: str, modality: str) -> bool:
     return bool(_module(key).Encoder.takes(modality))
 
 
-def ready(modality: str) -> list[str]:
-    """Return the keys of the encoders of a modality that need no option, sorted."""
-    return [key for key in keys() if modality in modalities(key) and not _needs_options(key)]
+def ready(modality: str | None = None) -> list[str]:
+    """Return the keys of the encoders that need no option, sorted: of a modality, or of all."""
+    return [key for key in keys() if modality in (None, *modalities(key)) and not _needs_options(key)]
 
 
 def _module(key: str) -> Any:

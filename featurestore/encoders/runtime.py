@@ -10,22 +10,26 @@ memory, and cast them again at every forward, as nothing here is trained.
 
 import ctypes
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featurestore.errors import JobError
+
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "device", "giving_memory_back", "keep_freed_memory", "lacks_memory", "placed", "stacked", "to_device", "to_host",
-    "tune_process", "turns",
+    "check_gpu", "device", "giving_memory_back", "keep_freed_memory", "lacks_memory", "placed", "stacked", "to_device",
+    "to_host", "tune_process", "turns",
 ]  # fmt: skip
 
 ON_GPU = 2
@@ -53,6 +57,38 @@ def device() -> str:
     # Else convolutions are rounded to 10 bits of mantissa (TF32): a component moves by 1e-3, and a query's against the store's.
     torch.backends.cudnn.allow_tf32 = False
     return "cuda"
+
+
+def check_gpu(job: str, accelerator: str | None) -> None:
+    """Raises JobError where a GPU is paid for and torch does not compute on it: `device` would take the CPU, at its price.
+
+    Args:
+        job: what is to be done on it, as in `encode image`.
+        accelerator: its type, as it was rented; None where none was.
+    """
+    if accelerator is None:
+        return
+    import torch
+
+    try:
+        torch.ones(1, device="cuda").add(1).item()
+    except (AssertionError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200].rstrip(". ")
+        raise JobError(
+            f"{job}: worker {platform.node()} is rented with {accelerator}, and torch {torch.__version__} cannot compute on "
+            f"it: {why} (driver {_driver()}, torch's CUDA {torch.version.cuda or 'none'}); nothing was encoded there; use an "
+            "image with torch's CUDA build (worker-gpu) and a driver that is new enough for it (CUDA 13: 580), see "
+            "infra/docker/README.md, or take accelerator out of the view's resources"
+        ) from error
+
+
+def _driver() -> str:
+    """The version of the machine's NVIDIA driver, as its kernel says it."""
+    try:
+        found = re.search(r"\b\d{3}\.[\d.]+", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return "none"
+    return found[0] if found else "unknown"
 
 
 def placed(model: Any, *, channels_last: bool = False, compiled: Sequence[str] = ()) -> Any:

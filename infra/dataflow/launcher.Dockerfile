@@ -2,7 +2,8 @@
 #   docker build -f infra/dataflow/launcher.Dockerfile -t IMAGE .
 FROM gcr.io/dataflow-templates-base/python311-template-launcher-base:flex_templates_base_image_release_20260112_RC00
 
-ARG TORCH_WHEELS=""
+# As worker-cpu's.
+ARG TORCH_WHEELS="https://download.pytorch.org/whl/cpu"
 
 # hadolint ignore=DL3064
 ENV HF_HUB_OFFLINE=1 \
@@ -17,7 +18,7 @@ WORKDIR /build
 
 # The same layers as worker-cpu's.
 COPY constraints.txt pyproject.toml README.md ./
-RUN pip install --no-cache-dir -c constraints.txt ${TORCH_WHEELS:+--find-links "$TORCH_WHEELS"} torch
+RUN pip install --no-cache-dir -c constraints.txt ${TORCH_WHEELS:+--extra-index-url "$TORCH_WHEELS"} torch
 RUN mkdir featurestore jobs pipelines \
     && pip install --no-cache-dir -c constraints.txt '.[run,dataflow]'
 

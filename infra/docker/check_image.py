@@ -46,18 +46,19 @@ def check_torch(device: str) -> None:
         assert torch.version.cuda, f"torch {torch.__version__} is built without CUDA"
     elif torch.version.cuda:
         sys.exit(
-            f"torch {torch.__version__} is the CUDA build; pass --build-arg TORCH_WHEELS=…, see infra/docker/README.md"
+            f"torch {torch.__version__} is the CUDA build; pass --build-arg TORCH_WHEELS=… with the address of an index of its "
+            "CPU wheels, or leave it out for PyTorch's own; see infra/docker/README.md"
         )
 
 
 def check_weights() -> None:
-    """Every encoder's weights are here and load with no network."""
+    """Every encoder that needs no option loads with no network. The weights of the others are files that a view names."""
     assert os.environ.get("HF_HUB_OFFLINE") == "1", (
         "HF_HUB_OFFLINE is not set: a missing model would be fetched at run time"
     )
     from featurestore import encoders
 
-    for key in sorted(encoders.keys()):
+    for key in encoders.ready():
         encoder = encoders.find(key)
         encoder.load()
         print(f"{key}: {encoder.dim} dimensions, fingerprint {encoder.fingerprint()}")

@@ -4,8 +4,8 @@ FROM apache/beam_python3.11_sdk:2.77.0 AS beam
 
 FROM python:3.11.14-slim-bookworm
 
-# Where the index in use serves torch's CUDA build, the address of a page of its CPU wheels (see README.md here).
-ARG TORCH_WHEELS=""
+# PyTorch's own index of torch's CPU wheels, beside the index in use; empty where that serves them (see README.md here).
+ARG TORCH_WHEELS="https://download.pytorch.org/whl/cpu"
 
 # Models are in the image: a hub is never asked. Beam's boot would install into a new environment at every start.
 # hadolint ignore=DL3064
@@ -22,7 +22,7 @@ WORKDIR /build
 
 # The layers go from what changes least to what changes most: a change of the code is a pull of kilobytes.
 COPY constraints.txt pyproject.toml README.md ./
-RUN pip install --no-cache-dir -c constraints.txt ${TORCH_WHEELS:+--find-links "$TORCH_WHEELS"} torch
+RUN pip install --no-cache-dir -c constraints.txt ${TORCH_WHEELS:+--extra-index-url "$TORCH_WHEELS"} torch
 RUN mkdir featurestore jobs pipelines \
     && pip install --no-cache-dir -c constraints.txt '.[run,dataflow]'
 

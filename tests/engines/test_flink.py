@@ -78,6 +78,20 @@ def test_what_runs_on_has_a_health_check_and_ports_are_of_this_machine_alone() -
         assert service.get("network_mode", "service:").startswith("service:"), name
 
 
+def test_up_and_wait_takes_no_service_that_has_ended_well_for_a_failure() -> None:
+    """It does where no service that runs on waits for its end (docker/compose#10596)."""
+    started = {name: service for name, service in SERVICES.items() if "profiles" not in service}
+    ended = {name for name, service in started.items() if "healthcheck" not in service}
+    assert ended == {"bucket"}
+    awaited = {
+        needed
+        for name in started.keys() - ended
+        for needed, how in started[name].get("depends_on", {}).items()
+        if how["condition"] == "service_completed_successfully"
+    }
+    assert ended <= awaited
+
+
 def test_each_task_manager_has_workers_in_its_network_and_the_folder_of_the_job_service() -> None:
     managers = sorted(name for name in SERVICES if name.startswith("taskmanager"))
     beside = [service["network_mode"] for service in SERVICES.values() if "network_mode" in service]

@@ -20,7 +20,7 @@ from jobs.spec import load
 from pipelines import decode_apart, encode, encode_plan, shard_writer
 from tests.conftest import Made
 from tests.engines.dask_cluster import Cluster
-from tests.faults.deadly import HANG, OUT_OF_MEMORY, SEGFAULT, deadly_folder, set_deadly, sound_of
+from tests.faults.deadly import HANG, OUT_OF_MEMORY, SEGFAULT, deadly_folder, on_path, set_deadly, sound_of
 from tests.planted import SHARD_ROWS
 from tests.processes import Said, braid, start
 
@@ -53,7 +53,7 @@ def run(spec: Path, workers: int = 1, *beam_args: str) -> None:
 
 
 def braid_run(spec: Path, deadly: Path) -> Said:
-    return braid("run", spec, env={"PYTHONPATH": str(deadly)})
+    return braid("run", spec, env=on_path(deadly))
 
 
 def check(small: Made, folder: Path, reason: tuple[str, str]) -> None:
@@ -104,13 +104,49 @@ def test_a_value_that_kills_the_models_forward_is_quarantined_by_the_third_attem
     check(small, tmp_path, ("killed_encoder", "the encoder's process ended by SIGSEGV"))
 
 
+def sounds_of_shards(small: Made, *places: int) -> dict[str, bytes]:
+    """Id -> bytes of a sound in each of some shards, by their places in the order in which a job is given them."""
+    store = small.open()
+    corpus, by_shard = store.corpus("planted"), dict[str, tuple[str, bytes]]()
+    for sample_id in store.view("loud").to_arrow()["id"].to_pylist():
+        shard, row = corpus.locate(sample_id)
+        if raw := corpus.value(shard, row, "sound"):
+            by_shard[shard] = sample_id, raw
+    (planned,) = [each for each in plan.view_plans(load(small.spec)) if each.name == "loud"]
+    tasks = encode_plan.stale(store.snapshot, planned, {})
+    return dict(by_shard[tasks[place].shard] for place in places)
+
+
+@pytest.mark.parametrize(
+    ("forward", "kills"),
+    [pytest.param(False, 1, id="decoder"), pytest.param(True, 2, id="model", marks=pytest.mark.slow)],
+)
+def test_values_in_several_shards_of_a_bundle_cost_no_more_attempts_than_one(
+    small: Made, tmp_path: Path, forward: bool, kills: int
+) -> None:
+    """Dataflow makes four. The second shard is begun long after the first one's end, and so is the third."""
+    sounds = sounds_of_shards(small, 0, 3, 5)
+    struck = [encoders.find("log-mel").decode(raw).tobytes() if forward else raw for raw in sounds.values()]
+    deadly = deadly_folder(tmp_path / "deadly", struck, SEGFAULT, forward=forward)
+    spec = sounds_spec(small, tmp_path, budget="10%")
+    for _ in range(kills):
+        assert braid_run(spec, deadly).status == -11
+    last = braid_run(spec, deadly)
+    assert last.status == 0, last
+    store = FeatureStore(tmp_path / "store")
+    reason = "killed_encoder" if forward else "killed_decoder"
+    assert {(row["id"], row["reason"]) for row in rejected(store, "planted")} == {(key, reason) for key in sounds}
+    assert store.storage.list("attempts") == {}
+    assert verify(store.storage).ok
+
+
 @pytest.mark.slow
 def test_a_dask_job_goes_through_a_value_that_kills_the_forward(small: Made, tmp_path: Path) -> None:
     _, _, raw = sound_of(small.open())
     decoded = encoders.find("log-mel").decode(raw).tobytes()
     deadly = deadly_folder(tmp_path / "deadly", decoded, SEGFAULT, forward=True)
     spec = sounds_spec(small, tmp_path)
-    with Cluster(tmp_path / "dask", env={"PYTHONPATH": str(deadly)}) as cluster:
+    with Cluster(tmp_path / "dask", env=on_path(deadly)) as cluster:
         for name in "abc":
             cluster.add_worker(name)
         run(spec, 1, "--runner=DaskRunner", f"--dask_client_address={cluster.address}")
@@ -138,7 +174,7 @@ def test_a_dask_job_goes_through_by_itself(small: Made, tmp_path: Path) -> None:
     _, _, raw = sound_of(small.open())
     deadly = deadly_folder(tmp_path / "deadly", raw, SEGFAULT)
     spec = sounds_spec(small, tmp_path)
-    with Cluster(tmp_path / "dask", env={"PYTHONPATH": str(deadly)}) as cluster:
+    with Cluster(tmp_path / "dask", env=on_path(deadly)) as cluster:
         for name in "ab":
             cluster.add_worker(name)
         run(spec, 1, "--runner=DaskRunner", f"--dask_client_address={cluster.address}")

@@ -14,6 +14,7 @@ from tests.infra.dockerfile import DOCKERFILES, ROOT, copied, is_sent, last_stag
 every = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
 INFRA = ROOT / "infra"
 WORKERS = [path for path in DOCKERFILES if path.stem.startswith("worker-")]
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 
 def pins(path: Path) -> dict[str, str]:
@@ -46,7 +47,9 @@ def test_every_base_is_pinned_to_a_version(path: Path) -> None:
 def test_nothing_is_fetched_from_an_address_and_nothing_secret_is_set(path: Path) -> None:
     for line in lines(path):
         assert line.word != "ADD", "ADD fetches and unpacks; use COPY"
-        assert not re.search(r"https?://|curl |wget |git clone", line.value), line
+        assert line == ("ARG", f'TORCH_WHEELS="{CPU_WHEELS}"') or not re.search(
+            r"https?://|curl |wget |git clone", line.value
+        ), line
         if line.word in ("ENV", "ARG"):
             assert not [
                 name
@@ -89,6 +92,21 @@ def test_a_worker_is_beam_of_the_pinned_version_and_asks_no_hub(path: Path) -> N
     assert environment["RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT"] == "1"
     device = path.stem.removeprefix("worker-")
     assert ("RUN", f"pip check && python /check/check_image.py {device}") in stage
+
+
+def test_an_image_without_a_gpu_is_built_with_pytorchs_own_cpu_wheels_where_nobody_names_others() -> None:
+    for path in DOCKERFILES:
+        stage = last_stage(path)
+        (torch,) = [line.value for line in stage if line.word == "RUN" and line.value.endswith(" torch")]
+        on_cpu = path.stem != "worker-gpu"
+        assert (("ARG", f'TORCH_WHEELS="{CPU_WHEELS}"') in stage) == on_cpu, path
+        assert ('${TORCH_WHEELS:+--extra-index-url "$TORCH_WHEELS"}' in torch) == on_cpu, path
+    build = yaml.safe_load((INFRA / "docker" / "cloudbuild.yaml").read_text())
+    assert build["substitutions"]["_TORCH_WHEELS"] == CPU_WHEELS
+    compose = yaml.safe_load((INFRA / "flink" / "compose.yaml").read_text())
+    builds = [service["build"] for service in compose["services"].values() if "build" in service]
+    assert builds
+    assert all(each["args"] == {"TORCH_WHEELS": f"${{TORCH_WHEELS-{CPU_WHEELS}}}"} for each in builds)
 
 
 def test_every_image_has_the_same_python() -> None:

@@ -151,9 +151,10 @@ def test_whoever_stages_may_look_at_the_bucket() -> None:
 def test_the_services_that_terraform_asks_by_are_turned_on_before_it() -> None:
     asked = {"cloudresourcemanager.googleapis.com", "serviceusage.googleapis.com"}
     commands = [line for line in README.splitlines() if line.startswith(("gcloud", "terraform"))]
-    assert commands[0].startswith("gcloud services enable ")
-    assert asked <= set(commands[0].split())
-    assert "--project" in commands[0].split()
+    first = next(place for place, line in enumerate(commands) if line.startswith("terraform"))
+    (enabled,) = [line for line in commands[:first] if line.startswith("gcloud services enable ")]
+    assert asked <= set(enabled.split())
+    assert "--project" in enabled.split()
     assert "var.project" in str(of("data")["data.google_project.this"].body["project_id"])
 
 

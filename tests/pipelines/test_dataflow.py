@@ -2,234 +2,60 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import re
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow import dataflow_runner
 from apache_beam.utils import retry
-from hypothesis import given as drawn
-from hypothesis import settings
-from hypothesis import strategies as st
 from rich.console import Console
 
 from featurestore.catalog import Catalog
-from featurestore.errors import BudgetExceeded, InputError, JobError, MissingExtra
+from featurestore.errors import BudgetExceeded, InputError, JobError
 from featurestore.storage import Storage
 from featurestore.store import FeatureStore
 from featurestore.views import VIEW
 from jobs import flex
 from jobs.run import Runner
 from jobs.spec import Spec
-from pipelines import dataflow
-from pipelines.beam_options import given
-from pipelines.dataflow import Resources, check_source, hints, job_args, told
-from tests.dataflow import DONE, FAILED, REGION, RUNNING, Refusal, Sent, Service, carry_out, object_store, serving
-from tests.golden import FOLDER, coder, fused, golden_name, leaves, rehearsal_spec, rehearsal_text, rehearse, summary
+from pipelines.dataflow import told
+from tests.dataflow import (
+    DONE,
+    FAILED,
+    REGION,
+    RUNNING,
+    Refusal,
+    Sent,
+    Service,
+    carry_out,
+    carrying_out,
+    object_store,
+    serving,
+)
+from tests.golden import (
+    CPU_IMAGE,
+    FOLDER,
+    coder,
+    fused,
+    golden_name,
+    leaves,
+    rehearsal_spec,
+    rehearsal_text,
+    rehearse,
+    summary,
+)
 from tests.golden import hints as hints_of
 from tests.pipelines.test_graph import MAX_ELEMENT_BYTES
 from tests.processes import braid, start
 
-STORE = Storage(uri="gs://shelf/store")
 ARGS = ["--runner=DataflowRunner", "--project=p-1", f"--region={REGION}", "--temp_location=gs://shelf/tmp"]
-GPU = Resources("nvidia-l4", "16GB", 8, "g2-standard-8", "docker.example/braid/gpu:1")
-ACCELERATOR = "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
-SHIPPED = "--extra_package=braid.whl"
-
-
-def options(*args: str, resources: Resources = GPU, stage: str = "encode", shards: int = 100) -> dict[str, object]:
-    """Beam's view of a job's options, of the user's `args`."""
-    return given(job_args([*ARGS, *args], stage, "image", STORE, resources, shards))
-
-
-# Options.
-
-
-def test_another_runner_gets_the_users_options_as_they_are_and_no_hints() -> None:
-    args = ["--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner", "--direct_num_workers=1"]
-    assert job_args(args, "encode", "image", Storage.of("/store"), GPU, 9) == args
-    assert job_args([], "encode", "image", Storage.of("/store"), GPU, 9) == []
-    # Its options may be known only once its module is imported.
-    assert job_args(["--runner=DaskRunner", "--dask_client_address=x"], "encode", "image", STORE, GPU, 9)[1:]
-    assert hints(args, GPU) == hints([], GPU) == {}
-
-
-@pytest.mark.parametrize("runner", ["DataflowRunner", "dataflow", "apache_beam.runners.dataflow.DataflowRunner"])
-@pytest.mark.parametrize("written", ["--runner={}", "--runner {}"])
-def test_dataflow_is_known_by_each_of_its_names(runner: str, written: str) -> None:
-    assert dataflow.chosen(written.format(runner).split())
-
-
-def test_encode_has_a_fixed_number_of_workers_one_process_and_the_views_image() -> None:
-    found = options()
-    assert (found["num_workers"], found["autoscaling_algorithm"]) == (8, "NONE")
-    assert found["experiments"] == ["no_use_multiple_sdk_containers"]
-    assert found["number_of_worker_harness_threads"] == 1
-    assert found["sdk_container_image"] == "docker.example/braid/gpu:1"
-    # The machine of the GPU comes with the hint: the job's other steps do not get it.
-    assert "machine_type" not in found
-    assert "dataflow_service_options" not in found
-
-
-def test_there_are_never_more_workers_than_shards() -> None:
-    assert options(shards=3)["num_workers"] == 3
-    assert options(resources=Resources(image="a/b"), shards=100)["num_workers"] == dataflow.DEFAULT_WORKERS
-
-
-def test_a_disk_that_an_image_with_cuda_fits_on_is_asked_for_with_a_gpu() -> None:
-    assert options()["disk_size_gb"] == 50
-    assert options("--disk_size_gb=200")["disk_size_gb"] == 200
-    assert "disk_size_gb" not in options(resources=Resources(image="a/b"))
-
-
-def test_a_machine_without_a_gpu_is_an_option_of_the_job() -> None:
-    found = options(resources=Resources(machine_type="n2-standard-8", image="a/b"))
-    assert found["machine_type"] == "n2-standard-8"
-
-
-def test_other_stages_have_one_thread_a_process_and_leave_the_rest_to_dataflow() -> None:
-    found = options(SHIPPED, resources=Resources(), stage="index")
-    passed = {"runner", "project", "region", "temp_location", "extra_packages"}
-    assert found.keys() == passed | {"job_name", "number_of_worker_harness_threads"}
-
-
-def test_an_image_is_the_views_own_else_the_users_else_that_of_another_view() -> None:
-    def image(*args: str, own: str | None = None, spare: str | None = "spare/it:1") -> object:
-        made = job_args([*ARGS, *args], "encode", "image", STORE, Resources(image=own), 9, spare_image=spare)
-        return given(made).get("sdk_container_image")
-
-    theirs = "--sdk_container_image=their/it:1"
-    assert image(theirs, own="own/it:1") == "own/it:1"
-    assert image(theirs) == "their/it:1"
-    assert image() == "spare/it:1"
-    assert image(SHIPPED) is None
-
-
-@pytest.mark.parametrize(
-    ("passed", "name", "value"),
-    [
-        ("--num_workers=2", "num_workers", 2),
-        ("--machine_type=n1-standard-2", "machine_type", "n1-standard-2"),
-        ("--number_of_worker_harness_threads=4", "number_of_worker_harness_threads", 4),
-        ("--experiments=use_multiple_sdk_containers", "experiments", ["use_multiple_sdk_containers"]),
-        ("--autoscaling_algorithm=THROUGHPUT_BASED", "autoscaling_algorithm", "THROUGHPUT_BASED"),
-    ],
-)
-def test_what_the_user_passes_wins(passed: str, name: str, value: object) -> None:
-    assert options(passed)[name] == value
-
-
-def test_a_user_who_lets_it_scale_gets_no_fixed_number() -> None:
-    for passed in ("--max_num_workers=3", "--autoscaling_algorithm=THROUGHPUT_BASED"):
-        assert "num_workers" not in options(passed)
-
-
-def test_experiments_of_the_user_are_kept() -> None:
-    assert options("--experiments=a,b")["experiments"] == ["no_use_multiple_sdk_containers", "a", "b"]
-
-
-def test_hints_say_the_gpu_its_machine_and_the_memory() -> None:
-    assert hints(ARGS, GPU) == {"accelerator": ACCELERATOR, "min_ram": "16GB"}
-    assert hints(ARGS, Resources("nvidia-l4"))["accelerator"] == "type:nvidia-l4;count:1;install-nvidia-driver"
-    assert hints(ARGS, Resources()) == {}
-
-
-def test_a_hint_of_the_user_takes_the_place_of_the_views() -> None:
-    assert hints([*ARGS, "--resource_hints=min_ram=4GB"], GPU) == {"accelerator": ACCELERATOR}
-    service = "--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
-    assert hints([*ARGS, service], GPU) == {"min_ram": "16GB"}
-    assert options(service)["machine_type"] == "g2-standard-8"
-
-
-names = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,63}", fullmatch=True)
-
-
-@settings(deadline=None)  # Beam's parser takes what a busy machine lets it
-@drawn(st.sampled_from(["shard", "encode", "align"]), names, st.sampled_from([None, "braid", "team-a", "x" * 31]))
-def test_job_names_are_dataflows_and_stable(stage: str, name: str, prefix: str | None) -> None:
-    passed = [f"--job_name={prefix}"] if prefix else []
-    found, again = (given(job_args([*ARGS, SHIPPED, *passed], stage, name, STORE))["job_name"] for _ in range(2))
-    assert found == again
-    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", found)
-    assert found.startswith(f"{prefix or 'braid'}-{stage}-")
-
-
-def test_job_names_differ_by_store_stage_and_name() -> None:
-    stores = (STORE, Storage(uri="gs://shelf/other"))
-    made = {
-        given(job_args([*ARGS, SHIPPED], stage, name, store))["job_name"]
-        for store in stores
-        for stage in ("align", "index")
-        for name in ("a_b", "a-b", "c" * 64, "c" * 63 + "d")
-    }
-    assert len(made) == 16
-
-
-def test_a_template_keeps_the_launchers_job_name() -> None:
-    found = options("--job_name=launched-by-hand", "--template_location=gs://shelf/t")
-    assert found["job_name"] == "launched-by-hand"
-
-
-@pytest.mark.parametrize(
-    ("args", "told"),
-    [
-        ([*ARGS, "--num_worker=3"], r"^'--num_worker=3' after -- is no option of Beam; did you mean --num_workers\?$"),
-        ([*ARGS, "machine_type=n1"], "^'machine_type=n1' after -- is no option of Beam; did you mean --machine_type"),
-        ([*ARGS, "--num_workers=many"], "argument --num_workers: invalid int value: 'many'"),
-        ([*ARGS, "--autoscaling_algorithm=SOME"], "invalid choice: 'SOME'"),
-        ([*ARGS, "--no_use_public_ips=true"], "ignored explicit argument 'true'; a flag stands alone: leave out ="),
-        (ARGS[:1], "needs --project, --region, --temp_location too"),
-        ([*ARGS[:3], "--temp_location=/tmp/x"], "--temp_location=/tmp/x: Dataflow reads gs://bucket/folder"),
-        ([*ARGS, "--job_name=My_Job"], "--job_name='My_Job': small letters, digits and '-'"),
-        ([*ARGS, "--flexrs_goal=COST_OPTIMIZED"], "--flexrs_goal excludes resource hints"),
-    ],
-)
-def test_a_wrong_option_is_told_with_its_mend(args: list[str], told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        job_args(args, "encode", "image", STORE, GPU, 9)
-
-
-def test_options_of_a_job_server_pass_as_they_are() -> None:
-    assert given(["--runner=FlinkRunner", "--object_reuse=true"])["runner"] == "FlinkRunner"
-
-
-def test_workers_without_braid_are_refused() -> None:
-    with pytest.raises(
-        InputError,
-        match=r"workers need Braid itself: name an image of it \(infra/docker\) in views\.<view>\.resources\.image",
-    ):
-        job_args(ARGS, "shard", "stamps", STORE)
-    assert job_args([*ARGS, SHIPPED], "shard", "stamps", STORE)
-
-
-def test_a_local_store_is_refused() -> None:
-    with pytest.raises(InputError, match=r"store\.uri '/data/store' is a folder of this machine, .* s3://… or gs://…"):
-        job_args(ARGS, "encode", "image", Storage.of("/data/store"), GPU, 9)
-
-
-def test_a_local_source_is_refused_where_workers_would_read_it() -> None:
-    for path in ("stamps.jsonl", "/data/stamps.jsonl", "file:///data/stamps.jsonl"):
-        with pytest.raises(
-            InputError, match=r"is on this machine, .* run `braid shard` here into the same store first"
-        ):
-            check_source(ARGS, path)
-        check_source([], path)
-    check_source(ARGS, "gs://shelf/stamps.jsonl")
-
-
-def test_missing_packages_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "apitools.base.py", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'braid\[dataflow\]'"):
-        options()
-
-
-# What was sent.
 
 
 @dataclasses.dataclass
@@ -294,8 +120,16 @@ def test_only_the_encode_step_of_a_view_with_a_gpu_has_hints(rehearsal: Rehearsa
             for step in leaves(sent.pipeline)
             if hints_of(parts, step.environment_id)
         }
-        expected = [f"resources:accelerator={ACCELERATOR}", "resources:min_ram_bytes=16000000000"]
+        # The spec names no machine: it is the smallest G2, the machines that an L4 comes with.
+        gpu = "type:nvidia-l4;count:1;machine_type:g2-standard-4;install-nvidia-driver:latest"
+        expected = [f"resources:accelerator={gpu}", "resources:min_ram_bytes=16000000000"]
         assert hinted == ({"Encode/EncodeShards": expected} if "loud" in sent.job["name"] else {})
+
+
+def test_only_the_workers_of_a_view_with_a_gpu_look_for_it(rehearsal: Rehearsal) -> None:
+    encodes = {"encode-loud": {("encode loud", "nvidia-l4")}, "encode-short": {("encode short", None)}}
+    for sent in rehearsal.sent:
+        assert sent.rented == encodes.get("-".join(sent.job["name"].split("-")[1:3]), set())
 
 
 def test_encode_alone_has_a_fixed_pool_of_one_process_workers(rehearsal: Rehearsal) -> None:
@@ -311,11 +145,12 @@ def test_encode_alone_has_a_fixed_pool_of_one_process_workers(rehearsal: Rehears
     assert rehearsal.job("encode-short").pool["numWorkers"] == 4
 
 
-def test_every_environment_is_a_container_of_the_image(rehearsal: Rehearsal) -> None:
+def test_every_job_runs_in_its_own_image_a_view_in_that_of_its_gpus(rehearsal: Rehearsal) -> None:
     for sent in rehearsal.sent:
-        for environment in sent.pipeline.components.environments.values():
-            payload = beam_runner_api_pb2.DockerPayload.FromString(environment.payload)
-            assert (environment.urn, payload.container_image) == ("beam:env:docker:v1", "docker.example/gpu:1")
+        assert sent.images == {"docker.example/gpu:1" if "loud" in sent.job["name"] else CPU_IMAGE}
+        assert {each["containerImage"] for each in sent.pool["sdkHarnessContainerImages"]} == sent.images
+        urns = {each.urn for each in sent.pipeline.components.environments.values()}
+        assert urns == {"beam:env:docker:v1"}
 
 
 @pytest.mark.parametrize("view", ["loud", "short"], ids=["on GPUs", "on CPUs"])
@@ -416,6 +251,44 @@ def test_a_refusal_is_told_with_its_mend(
         submit(rehearsal, service)
     # Only what may pass by itself is tried again.
     assert len(service.sent) == (4 if refusal.code == 500 else 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_worker_that_finds_no_gpu_ends_its_job_and_encodes_nothing(rehearsal: Rehearsal, service: Service) -> None:
+    spec = rehearsal.spec("without-gpu")
+    Runner(spec, Console(quiet=True)).run(["shard"])
+    service.answer = carrying_out(service, on_gpus=False)
+    told = (
+        r"^encode loud: worker \S+ is rented with nvidia-l4, and torch \S+ cannot compute on it: .* nothing was encoded "
+        r"there; use an image with torch's CUDA build \(worker-gpu\) and a driver that is new enough"
+    )
+    with pytest.raises(JobError, match=told):
+        Runner(spec, Console(quiet=True), service.args()).run(["encode"], "loud")
+    assert Catalog(spec.store).snapshot().entries(VIEW, "loud") == []
+    # Here, of the same spec, nothing is rented: the CPU is what there is.
+    Runner(spec, Console(quiet=True)).run(["encode"], "loud")
+    assert len(Catalog(spec.store).snapshot().entries(VIEW, "loud")) == 6
+
+
+def test_a_chosen_machine_is_told_when_its_job_is_submitted(rehearsal: Rehearsal, service: Service) -> None:
+    said = io.StringIO()
+    Runner(rehearsal.spec("told"), Console(quiet=True)).run(["shard"])
+    Runner(rehearsal.spec("told"), Console(file=said, width=200), service.args()).run(["encode"])
+    (line,) = [line for line in said.getvalue().splitlines() if "machine" in line]
+    assert line == (
+        "encode loud: on g2-standard-4, the smallest machine with one nvidia-l4 and 16GB; resources.machine_type of the view "
+        "names another"
+    )
+
+
+def test_a_gpu_of_no_known_machine_is_refused_before_the_first_job(
+    rehearsal: Rehearsal, service: Service, tmp_path: Path
+) -> None:
+    spec = rehearsal.written(tmp_path, "unknown")
+    spec.write_text(spec.read_text().replace("nvidia-l4", "nvidia-l44"))
+    ended = braid("run", spec, "--", *service.args())
+    assert (ended.status, service.sent) == (2, [])
+    assert "accelerator 'nvidia-l44': Braid knows no machine type" in ended.err
 
 
 def test_a_service_that_is_not_there_is_told(rehearsal: Rehearsal, service: Service) -> None:
@@ -534,6 +407,24 @@ def test_a_flex_template_holds_the_one_job_that_its_parameters_name(
     assert job["name"] == "by-hand"
     assert job["environment"]["workerPools"][0]["numWorkers"] == 2
     assert Catalog(rehearsal.spec("flex").store).snapshot().entries(VIEW, "loud") == []
+
+
+def test_a_launch_goes_on_without_an_option_that_this_beam_does_not_know(
+    rehearsal: Rehearsal, service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Google's launcher adds options of its own, and may add more one day."""
+    spec, template = rehearsal.written(tmp_path, "unexpected"), tmp_path / "job_object"
+    flex.main([
+        f"--spec={spec}", "--stage=shard", "--of_tomorrow", "yes", *service.args(f"--template_location={template}"),
+        "--of_the_day_after=1", "--num_workers=3",
+    ])  # fmt: skip
+    job = json.loads(template.read_text())
+    assert job["environment"]["workerPools"][0]["numWorkers"] == 3
+    told = [record.getMessage() for record in caplog.records if record.name == "braid.flex"]
+    assert told == [
+        "left out what this Beam does not know of the launcher's options: --of_tomorrow, yes, --of_the_day_after=1"
+    ]
+    assert caplog.records[0].levelname == "WARNING"
 
 
 @pytest.mark.parametrize(

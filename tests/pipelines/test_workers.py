@@ -19,6 +19,8 @@ from jobs.spec import load
 from pipelines.runner import InFlight, Job
 from pipelines.workers import Workers
 from tests.conftest import Made
+from tests.faults.deadly import HANG, set_deadly, sound_of
+from tests.processes import wait_for
 
 
 class Sleep(NamedTuple):
@@ -164,26 +166,27 @@ def test_two_workers_write_the_same_bytes_as_one(small: Made, tmp_path: Path) ->
     assert _run(_copy_of(small, tmp_path), workers=2) == Catalog(Storage.of(str(small.store))).snapshot().digest()
 
 
-def test_a_killed_worker_ends_the_run_with_a_clear_error_and_the_next_run_goes_on(
-    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_worker_ends_the_run_with_a_clear_error_and_the_next_run_goes_on(small: Made, tmp_path: Path) -> None:
+    """Killed in the middle of a shard: one of its values comes to no end."""
     spec = _copy_of(small, tmp_path)
-    opened: list[Workers] = []
-    begin = Workers.__init__
+    _, shard, raw = sound_of(small.open())
+    with pytest.MonkeyPatch.context() as hanging:
+        struck = set_deadly(hanging, tmp_path / "deadly", raw, HANG) / "struck"
 
-    def remember(self: Workers, *args: Any) -> None:
-        begin(self, *args)
-        opened.append(self)
-        if len(opened) == 2:  # the first view's
-            os.kill(self._processes[0].popen.pid, signal.SIGKILL)
+        def kill() -> None:
+            pid = wait_for(lambda: struck.exists() and struck.read_text().strip(), 60, "no process came to the value")
+            os.kill(int(pid), signal.SIGKILL)
 
-    monkeypatch.setattr(Workers, "__init__", remember)
-    with pytest.raises(
-        WorkerDied, match=r"^a worker process ended by SIGKILL .* while it was at shard [0-9a-f-]+; nothing"
-    ):
-        _run(spec, workers=2)
-    catalog = Catalog(Storage.of(str(tmp_path / "store")))
-    assert catalog.snapshot().names(ROWS) == ["planted"]
+        with ThreadPoolExecutor(1) as pool:
+            killed = pool.submit(kill)
+            with pytest.raises(
+                WorkerDied, match=r"^a worker process ended by SIGKILL .* while it was at shard [0-9a-f-]+; nothing"
+            ):
+                _run(spec, workers=2)
+            killed.result()
+    storage = Storage.of(str(tmp_path / "store"))
+    assert Catalog(storage).snapshot().names(ROWS) == ["planted"]
+    assert any(key.endswith(f"/{shard}") for key in storage.list("attempts/encode/loud"))
     assert _run(spec, workers=2) == Catalog(Storage.of(str(small.store))).snapshot().digest()
 
 
