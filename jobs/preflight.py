@@ -97,7 +97,7 @@ class _Trial:
             for each in dict.fromkeys(source.to_measure(sorted(references))):
                 source.measure(each)
         cut = Cut(source.order, min(self._corpus["shard_rows"], self._count), self._corpus["shard_mb"] << 20)
-        shards = cut.shards(references)
+        shards = list(cut.shards(references))
         with self.storage.scratch() as scratch:
             local = scratch / "plan.parquet"
             write_plan(local, shards)
@@ -120,7 +120,8 @@ class _Trial:
         ends = itertools.accumulate(map(len, tables.values()))
         self._places = {shard: slice(end - len(tables[shard]), end) for shard, end in zip(tables, ends, strict=True)}
         self._parts = {
-            part: ([r.id for r in own], ids.hashes([r.etag for r in own])) for part, own in enumerate(shards)
+            part: (ids.hashes([r.id for r in own]), ids.hashes([r.etag for r in own]))
+            for part, own in enumerate(shards)
         }
 
     def rarest(self) -> float:

@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ _PLAN = pa.schema(
 )
 
 
-def write_plan(local: Path, shards: list[list[SampleRef]]) -> None:
+def write_plan(local: Path, shards: Iterable[list[SampleRef]]) -> None:
     with pq.ParquetWriter(local, _PLAN, compression="zstd") as writer:
         for shard in shards:
             columns = [list(column) for column in zip(*shard, strict=True)] or [[]] * len(_PLAN)
