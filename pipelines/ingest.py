@@ -236,11 +236,16 @@ def same(
 
 
 def _equal(kept: dict[str, Any], given: dict[str, Any], names: Collection[str]) -> bool:
-    """Whether columns of these names are the same; what is no number, truth or text is kept as JSON."""
-    return all(
-        (kept.get(name) is None) if value is None else kept.get(name) in (value, json.dumps(value, sort_keys=True))
-        for name, value in ((name, given.get(name)) for name in names)
-    )
+    """Whether columns of these names are the same."""
+    return all(_same_column(kept.get(name), given.get(name)) for name in names)
+
+
+def _same_column(kept: Any, value: Any) -> bool:
+    """Whether a kept value is the source's; what is no number, truth or text is kept as JSON."""
+    if value is None:
+        return kept is None
+    # As JSON a NaN is the same as another, which it is not by itself.
+    return kept in (value, told := json.dumps(value, sort_keys=True)) or json.dumps(kept) == told
 
 
 def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value | Missing | None) -> bool | None:
