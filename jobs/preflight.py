@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from featurestore import artefact, ids, training
 from featurestore.catalog import Catalog, Entry
-from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
+from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus, concatenated
 from featurestore.encoders import BaseEncoder, runtime
 from featurestore.errors import InputError
 from featurestore.identity import DIGEST_BYTES
@@ -116,7 +116,7 @@ class _Trial:
         self.snapshot = catalog.snapshot()
         opened = Corpus(self.snapshot, name)
         tables = {each.shard: opened.read(each.shard) for each in opened.shards}
-        self.rows = pa.concat_tables(tables.values(), promote_options="permissive")
+        self.rows = concatenated([*tables.values()])
         ends = itertools.accumulate(map(len, tables.values()))
         self._places = {shard: slice(end - len(tables[shard]), end) for shard, end in zip(tables, ends, strict=True)}
         self._parts = {
