@@ -30,6 +30,7 @@ from pipelines.cuts import SHARDS_PER_RANGE
 from pipelines.fetch import fetched, reference_to
 from pipelines.reference_blocks import packed, unpacked
 from pipelines.sources import Doubting, Missing, Sample, SampleRef, Source, Value
+from pipelines.sources.rows import RowSource
 
 _BATCH = 65_536
 """References whose ids are looked up at once."""
@@ -322,7 +323,9 @@ def _name_duplicate(source: Source, suspects: set[int]) -> None:
 
 def twice(source: Source, first: SampleRef, other: SampleRef) -> InputError:
     """What is raised where two samples have one id."""
+    counts_anew = isinstance(source, RowSource) and source.could_number() and first.uri != other.uri
+    mend = "or, where each file has ids of its own, write corpus.columns: {id: __row__}, which names the file too"
     return InputError(
         f"id {other.id!r} stands twice: {source.place(first)} and {source.place(other)}; ids must be unique in a corpus, so "
-        "rename or remove one"
+        f"rename or remove one{f', {mend}' if counts_anew else ''}"
     )
