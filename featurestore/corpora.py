@@ -9,8 +9,9 @@ What is read by sample (`to_arrow`, `locate`, `rows`) leaves out those that are 
 (`read`, `ids`, `value`) gives every row that a shard has.
 """
 
+import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -224,7 +225,7 @@ class Corpus:
 
     def to_arrow(self) -> pa.Table:
         """All samples in order, with `shard` and `row` columns in front."""
-        return _concatenated(
+        return concatenated(
             [self.live(entry.shard, _located(self.read(entry.shard), entry.shard)) for entry in self.shards]
         )
 
@@ -271,8 +272,12 @@ class Corpus:
             yield self.value(key, row, field)
 
 
-def _concatenated(tables: list[pa.Table]) -> pa.Table:
-    """Shards' tables as one: a kept column whose type differs between shards is float64 where all are numbers, else text."""
+def concatenated(tables: Sequence[pa.Table]) -> pa.Table:
+    """Shards' tables as one.
+
+    A kept column whose type differs between shards is float64 where all are numbers that it holds to the last digit, else JSON
+    texts, as within a shard.
+    """
     names = dict.fromkeys(name for table in tables for name in table.column_names)
     types = {name: _common([table[name] for table in tables if name in table.column_names]) for name in names}
     return pa.table(
@@ -280,18 +285,28 @@ def _concatenated(tables: list[pa.Table]) -> pa.Table:
     )
 
 
+def float_holds(numbers: Iterable[Any]) -> bool:
+    """Whether float64 holds each of some numbers to the last digit; None, and what is a float, it does."""
+    return all(not isinstance(each, int) or (abs(each) < 1 << 63 and float(each) == each) for each in numbers)
+
+
 def _common(columns: list[pa.ChunkedArray]) -> pa.DataType:
     kinds = {column.type for column in columns if column.null_count < len(column)} or {columns[0].type}
     if len(kinds) == 1:
         return kinds.pop()
+    whole = [column for column in columns if pa.types.is_integer(column.type)]
     numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in kinds)
-    return pa.float64() if numbers else pa.string()
+    return pa.float64() if numbers and all(float_holds(each.to_pylist()) for each in whole) else pa.string()
 
 
 def _as_type(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array:
     if name not in table.column_names or table[name].null_count == len(table):
         return pa.nulls(len(table), kind)
-    column = table[name].cast(kind)
+    column = table[name]
+    if pa.types.is_string(kind) and column.type != kind:
+        return pa.array([None if value is None else json.dumps(value) for value in column.to_pylist()], kind)
+    # Not checked: Arrow takes any number from 2^53 on for one that is not held.
+    column = column.cast(kind, safe=False)
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 

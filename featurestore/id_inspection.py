@@ -23,7 +23,7 @@ def id_index(look: Inspection, snapshot: Snapshot, entry: Entry) -> None:
     shards = [each for each in snapshot.entries(ROWS, entry.name) if each.shard.rpartition("-")[0] == stem]
     with look.guard(entry, INPUT_FIRST):
         rows = {int(each.shard.rpartition("-")[2]): read_rows(look.storage, each) for each in shards}
-        named = {part: (own["id"].to_pylist(), np.zeros(len(own), np.uint64)) for part, own in rows.items()}
+        named = {part: (ids.hashes(own["id"].to_pylist()), np.zeros(len(own), np.uint64)) for part, own in rows.items()}
         expected = ids.table(named).drop_columns(["etag"])
         found = ids.there(table, [*rows]).drop_columns(["etag"])
         for place in np.flatnonzero(_differ(found, expected)).tolist()[:1]:

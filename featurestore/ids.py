@@ -35,11 +35,11 @@ SCHEMA = pa.schema(
 )
 
 
-def table(parts: Mapping[int, tuple[list[str], np.ndarray]]) -> pa.Table:
-    """The id index of a range: part -> the ids of its shard and the hashes of their etags, in the order of its rows."""
+def table(parts: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> pa.Table:
+    """The id index of a range: part -> the hashes of its shard's ids and those of their etags, in the order of its rows."""
     lengths = [len(own) for own, _ in parts.values()]
     columns = {
-        "hash": hashes([sample_id for own, _ in parts.values() for sample_id in own]),
+        "hash": np.concatenate([np.array([], np.uint64), *(own for own, _ in parts.values())]),
         "part": np.repeat(np.array([*parts], np.int32), lengths),
         "row": np.concatenate([np.arange(length, dtype=np.int32) for length in [*lengths, 0]]),
         "etag": np.concatenate([np.array([], np.uint64), *(etags for _, etags in parts.values())]),

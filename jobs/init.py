@@ -10,10 +10,10 @@ import json
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,7 @@ from jobs.init_spec import Found, spec_text
 from jobs.report import counted
 from pipelines.sources import files, folder
 from pipelines.sources.manifest import Manifest
+from pipelines.sources.rows import ROW
 
 __all__ = ["look", "write"]
 
@@ -95,9 +96,11 @@ def _of_folder(path: str) -> Found:
     for ending in ("tar", "parquet"):
         if endings[ending] * 2 > len(seen) and not fields:
             inside = "**/" if any("/" in each for each in seen if each.endswith(ending)) else ""
-            first = min(each for each in seen if guesses.extension(each).lower() == ending)
-            found = _OF_FILE[ending](f"{path}/{first}")
-            note = f"Of {counted(endings[ending], 'file')} that end in .{ending}, the first was looked at: {first}"
+            own = sorted(each for each in seen if guesses.extension(each).lower() == ending)
+            looked_at = sorted({own[0], own[len(own) // 2], own[-1]}) if ending == "tar" else own[:1]
+            paths = [f"{path}/{each}" for each in looked_at]
+            found = _of_tars(paths) if ending == "tar" else _OF_FILE[ending](paths[0])
+            note = f"Of {counted(len(own), 'file')} that end in .{ending} looked at: {', '.join(looked_at)}"
             return found._replace(path=f"{path}/{inside}*.{ending}", name=_name(path), seen=[note, *found.seen])
     if not fields:
         told = ", ".join(f"{count} {_dotted(ending)}" for ending, count in endings.most_common(5))
@@ -216,6 +219,44 @@ def _modality(name: str, raw: bytes) -> str | None:
 
 def _of_tar(path: str) -> Found:
     """Members of one name up to its first dot are a sample; what follows the dot says which field they are."""
+    return _of_tars([path])
+
+
+def _of_tars(paths: Sequence[str]) -> Found:
+    """Tars of one corpus. Where keys of one stand in another too, samples are called by both."""
+    tars = [_look_into(path, MAX_SEEN // len(paths)) for path in paths]
+    keys, rows = dict[str, set[str]](), list[dict[str, Any]]()
+    for tar in tars:
+        rows += tar.rows
+        for ending, own in tar.keys.items():
+            keys.setdefault(ending, set()).update(f"{tar.path} {key}" for key in own)
+    fields = _fields_of_tar(keys)
+    samples = set().union(*keys.values())
+    if not fields:
+        raise InputError(
+            f"{paths[0]}: none of its members is a picture, a video, a sound or a text; they end in: {', '.join(sorted(keys))}"
+        )
+    columns = guess_columns.of_rows(rows, paths[0], id_column="__key__") if rows else Columns({}, None, [], [])
+    own_keys = [set().union(*tar.keys.values()) for tar in tars]
+    if len(samples) > len(set().union(*own_keys)):
+        columns = columns._replace(roles={"id": ROW, **columns.roles})
+    left = sorted(keys.keys() - {ending for field in fields for ending in _listed(field.given)} - {"json"})
+    notes = [tar.note for tar in tars]
+    notes += [f"Left out: {', '.join(f'{len(keys[ending])} .{ending}' for ending in left[:8])}"] if left else []
+    return Found("webdataset", paths[0], _name(paths[0]), len(samples), fields, columns, notes)
+
+
+class _Tar(NamedTuple):
+    """What was seen in a tar: keys by ending, what members `json` hold, and how much was looked at."""
+
+    path: str
+    keys: dict[str, set[str]]
+    rows: list[dict[str, Any]]
+    note: str
+
+
+def _look_into(path: str, most: int) -> _Tar:
+    """The first members of a tar. Raises InputError where there is none that can be read."""
     keys: dict[str, set[str]] = defaultdict(set)
     rows: list[dict[str, Any]] = []
     count, note = 0, ""
@@ -228,24 +269,14 @@ def _of_tar(path: str) -> Found:
                     keys[ending.lower()].add(f"{folders}{slash}{stem}")
                     if ending.lower() == "json" and member.size <= MAX_JSON_BYTES and len(rows) < MAX_JSONS:
                         rows += _json_row(tar, member)
-                if count == MAX_SEEN:
+                if count == most:
                     break
     except (tarfile.TarError, EOFError) as error:
         if not keys:
             raise InputError(f"{path}: no tar that can be read: {error}; unpack what is compressed") from None
         note = f"; then it is broken: {error}"
-    fields = _fields_of_tar(keys)
-    samples = set().union(*keys.values())
-    if not fields:
-        raise InputError(
-            f"{path}: none of its members is a picture, a video, a sound or a text; they end in: {', '.join(sorted(keys))}"
-        )
-    columns = guess_columns.of_rows(rows, path, id_column="__key__") if rows else Columns({}, None, [], [])
-    cut = count == MAX_SEEN
-    left = sorted(keys.keys() - {ending for field in fields for ending in _listed(field.given)} - {"json"})
-    notes = [f"{_looked_at(count, 'member', path, cut)}: {counted(len(samples), 'sample')}{note}"]
-    notes += [f"Left out: {', '.join(f'{len(keys[ending])} .{ending}' for ending in left[:8])}"] if left else []
-    return Found("webdataset", path, _name(path), len(samples), fields, columns, notes)
+    samples = counted(len(set().union(*keys.values())), "sample")
+    return _Tar(path, keys, rows, f"{_looked_at(count, 'member', path, count == most)}: {samples}{note}")
 
 
 def _json_row(tar: tarfile.TarFile, member: tarfile.TarInfo) -> list[dict[str, Any]]:

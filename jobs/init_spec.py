@@ -74,10 +74,11 @@ _PATHS = {
 }
 
 
-_NUMBERED = (
+_BY_ROW = (
     "No column has another text in each row, as ids have: __row__ calls a row by its file and its place in it. Such ids stay",
     "as long as no row is put in or taken out before others; a column of ids would outlast that.",
 )
+_BY_TAR = ("Keys stand in several tars: __row__ calls a sample by its tar and its key, 00017/0042. Tars may be added.",)
 
 
 def _column_lines(found: Found) -> list[str]:
@@ -86,7 +87,8 @@ def _column_lines(found: Found) -> list[str]:
     kept = [name for name in found.columns.kept if name not in used]
     told = f"  # Other columns, kept as they are: {', '.join(kept[:30])}" if kept else ""
     hint = "" if "group" in roles else " # group: COLUMN, of what must not be split between train and test"
-    numbered = [f"  # {line}" for line in _NUMBERED] if roles.get("id") == ROW else []
+    told_of_rows = _BY_TAR if found.kind == "webdataset" else _BY_ROW
+    numbered = [f"  # {line}" for line in told_of_rows] if roles.get("id") == ROW else []
     return [*([told] if told else []), *numbered, f"  columns: {_flow(roles)}{hint}"]
 
 

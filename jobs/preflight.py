@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from featurestore import artefact, ids, training
 from featurestore.catalog import Catalog, Entry
-from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus
+from featurestore.corpora import MEDIA, QUARANTINE, ROWS, Corpus, concatenated
 from featurestore.encoders import BaseEncoder, runtime
 from featurestore.errors import InputError
 from featurestore.identity import DIGEST_BYTES
@@ -100,7 +100,7 @@ class _Trial:
             for each in dict.fromkeys(source.to_measure(sorted(references))):
                 source.measure(each)
         cut = Cut(source.order, min(self._corpus["shard_rows"], self._count), self._corpus["shard_mb"] << 20)
-        shards = cut.shards(references)
+        shards = list(cut.shards(references))
         with self.storage.scratch() as scratch:
             local = scratch / "plan.parquet"
             write_plan(local, shards)
@@ -119,11 +119,12 @@ class _Trial:
         self.snapshot = catalog.snapshot()
         opened = Corpus(self.snapshot, name)
         tables = {each.shard: opened.read(each.shard) for each in opened.shards}
-        self.rows = pa.concat_tables(tables.values(), promote_options="permissive")
+        self.rows = concatenated([*tables.values()])
         ends = itertools.accumulate(map(len, tables.values()))
         self._places = {shard: slice(end - len(tables[shard]), end) for shard, end in zip(tables, ends, strict=True)}
         self._parts = {
-            part: ([r.id for r in own], ids.hashes([r.etag for r in own])) for part, own in enumerate(shards)
+            part: (ids.hashes([r.id for r in own]), ids.hashes([r.etag for r in own]))
+            for part, own in enumerate(shards)
         }
 
     def rarest(self) -> float:

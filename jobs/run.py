@@ -220,7 +220,7 @@ class Runner:
         found, corpus = plan.ingest(self.spec, snapshot, known), plan.corpus_dict(self.spec)
         for remark in found.remarks:
             log.event(f"shard {corpus['name']}", "source read", detail=remark)
-            self.console.print(remark, markup=False)
+            self.console.print(remark, markup=False, emoji=False)
         if not found.samples + found.gone + found.touched:
             return
         for path in self.spec.corpus.source.path:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from featurestore.catalog import Catalog
 from featurestore.errors import InputError
@@ -64,7 +65,8 @@ def _steps(steps: list[plan.Step]) -> Table:
     table = Table("stage", "name", "state", "to do", "why", box=None, pad_edge=False)
     for step in steps:
         todo = f"{step.todo} of {step.total}" if step.state != plan.FRESH else ""
-        table.add_row(step.stage, step.name, step.state, todo, step.why)
+        # Names of files are in it, which may look like markup.
+        table.add_row(step.stage, step.name, step.state, todo, Text(step.why))
     return table
 
 

@@ -254,7 +254,8 @@ class CorpusSpec(_Node):
     """The corpus and how it is cut into shards; `failure_budget` is the share of values that may be rejected.
 
     With `media: reference` raw values stay in their files, below `store.media_root` (without it, the source's folder); so do
-    those of adopted tars, without a word.
+    those of adopted tars, without a word. Files and members of tars stay; what is nowhere as bytes of its own is copied all the
+    same: cells of Parquet files, which are compressed together, texts that stand in rows, windows, cut out of their streams.
     """
 
     name: Name

@@ -7,17 +7,27 @@ In an order of places (the source's, or the store's own) samples are counted as 
 it, and a range is about 32 shards that follow each other. Behind the shuffle it is sorted again, by (uri, offset), and cut by
 the same count from its first sample on: the same cuts, since a range begins where a shard does. A worker then reads its
 shard's stretch, where in the order of ids each shard has samples in all files.
+
+In the order of ids a range may hold any number of samples, since no group is in two: a recording's windows are one. So it is
+sorted in runs, which are held as packed as they came, and merged.
 """
 
-from collections.abc import Iterable, Iterator
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 from featurestore.identity import hash64
 from featurestore.row_order import BY_ID, BY_TAR
+from pipelines.reference_blocks import packed, unpacked
 from pipelines.sources import SampleRef
 
 __all__ = ["SHARDS_PER_RANGE", "Cut", "range_of"]
 
 SHARDS_PER_RANGE = 32
+
+_RUN = 8_192
+"""So many references are sorted at once: at 400 bytes, where packed ones are about 25."""
 
 
 def range_of(group: str, ranges: int) -> int:
@@ -57,14 +67,20 @@ class Cut:
             rows += 1
             yield number, reference
 
-    def shards(self, references: Iterable[SampleRef]) -> list[list[SampleRef]]:
+    def shards(self, references: Iterable[SampleRef]) -> Iterator[list[SampleRef]]:
         """One range's references, in any order, as shards; each has its rows in the shards' order."""
-        made: list[list[SampleRef]] = []
-        for reference, begins in self._begins(sorted(references, key=_by_group if self.order == BY_ID else _by_place)):
-            if begins:
-                made.append([])
-            made[-1].append(reference)
-        return [sorted(shard, key=lambda each: each.id) for shard in made] if self.order == BY_ID else made
+        key = _by_group if self.order == BY_ID else _by_place
+        shard: list[SampleRef] = []
+        for reference, begins in self._begins(_sorted(references, key)):
+            if begins and shard:
+                yield self._in_order(shard)
+                shard = []
+            shard.append(reference)
+        if shard:
+            yield self._in_order(shard)
+
+    def _in_order(self, shard: list[SampleRef]) -> list[SampleRef]:
+        return sorted(shard, key=lambda each: each.id) if self.order == BY_ID else shard
 
     def _begins(self, references: Iterable[SampleRef]) -> Iterator[tuple[SampleRef, bool]]:
         """Each reference, and whether a shard begins with it."""
@@ -78,6 +94,13 @@ class Cut:
                 rows, size, uri = 0, 0, reference.uri
             rows, size = rows + 1, size + reference.bytes
             yield reference, begins
+
+
+def _sorted(references: Iterable[SampleRef], key: Callable[[SampleRef], Any]) -> Iterator[SampleRef]:
+    references, runs = iter(references), []
+    while run := sorted(islice(references, _RUN), key=key):
+        runs.append([block for _, block in packed((0, reference) for reference in run)])
+    return heapq.merge(*map(unpacked, runs), key=key)
 
 
 def _by_group(reference: SampleRef) -> tuple[int, str, str]:

@@ -27,7 +27,7 @@ def fetched(value: Value, modality: str, decode: Callable[[str, bytes], Any] | N
 def reference_to(storage: Storage, value: Value | Missing | None) -> tuple[str | None, int]:
     """Where a value is referred to, relative to the root, and its offset there; None where it goes into the tar.
 
-    Those are values in no file of their own (a manifest's texts, a Parquet file's cells), and files whose name is no text.
+    Those are values in no file of their own (texts of rows, a Parquet file's cells, windows), and files whose name is no text.
     """
     address = value.address if isinstance(value, Referable) else None
     return (None, 0) if address is None else (relative(storage, address[0]), address[1])

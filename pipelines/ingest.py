@@ -30,6 +30,7 @@ from pipelines.cuts import SHARDS_PER_RANGE
 from pipelines.fetch import fetched, reference_to
 from pipelines.reference_blocks import packed, unpacked
 from pipelines.sources import Doubting, Missing, Sample, SampleRef, Source, Value
+from pipelines.sources.rows import RowSource
 
 _BATCH = 65_536
 """References whose ids are looked up at once."""
@@ -236,11 +237,16 @@ def same(
 
 
 def _equal(kept: dict[str, Any], given: dict[str, Any], names: Collection[str]) -> bool:
-    """Whether columns of these names are the same; what is no number, truth or text is kept as JSON."""
-    return all(
-        (kept.get(name) is None) if value is None else kept.get(name) in (value, json.dumps(value, sort_keys=True))
-        for name, value in ((name, given.get(name)) for name in names)
-    )
+    """Whether columns of these names are the same."""
+    return all(_same_column(kept.get(name), given.get(name)) for name in names)
+
+
+def _same_column(kept: Any, value: Any) -> bool:
+    """Whether a kept value is the source's; what is no number, truth or text is kept as JSON."""
+    if value is None:
+        return kept is None
+    # As JSON a NaN is the same as another, which it is not by itself.
+    return kept in (value, told := json.dumps(value, sort_keys=True)) or json.dumps(kept) == told
 
 
 def _same_value(corpus: Corpus, member: dict[str, Any], field: str, value: Value | Missing | None) -> bool | None:
@@ -317,7 +323,9 @@ def _name_duplicate(source: Source, suspects: set[int]) -> None:
 
 def twice(source: Source, first: SampleRef, other: SampleRef) -> InputError:
     """What is raised where two samples have one id."""
+    counts_anew = isinstance(source, RowSource) and source.could_number() and first.uri != other.uri
+    mend = "or, where each file has ids of its own, write corpus.columns: {id: __row__}, which names the file too"
     return InputError(
         f"id {other.id!r} stands twice: {source.place(first)} and {source.place(other)}; ids must be unique in a corpus, so "
-        "rename or remove one"
+        f"rename or remove one{f', {mend}' if counts_anew else ''}"
     )

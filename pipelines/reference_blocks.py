@@ -14,6 +14,8 @@ __all__ = ["packed", "unpacked"]
 MAX_BLOCK_BYTES = 1900
 """Before it is compressed a block is no larger, unless it is one reference: a descriptor, like all that crosses Beam."""
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 
 def packed(references: Iterable[tuple[int, SampleRef]]) -> Iterator[tuple[int, bytes]]:
     """(range, reference) -> (range, block), as blocks fill; what is left at the end."""
@@ -45,4 +47,4 @@ def _row(reference: SampleRef, uri: str | None) -> bytes:
     """A reference as JSON, without what is the same as before: its group where that is its id, its uri the last row's."""
     sample_id, group, etag, size, place, offset, length = reference
     fields = [sample_id, group if group != sample_id else "", etag, size, place if place != uri else "", offset, length]
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    return _JSON.encode(fields).encode("utf-8", "surrogatepass")

@@ -105,15 +105,20 @@ class _PlanRange(beam.DoFn):
         number, blocks = element
         storage, corpus = Storage.from_json(self._storage), json.loads(self._corpus)
         source = open_source(corpus)
-        shards = _cut(source, corpus).shards(unpacked(blocks))
         folder, stem = f"corpora/{corpus['name']}", f"{self._ingest}-{number:05d}"
+        parts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+        def shards() -> Iterator[list[SampleRef]]:
+            for part, own in enumerate(_cut(source, corpus).shards(unpacked(blocks))):
+                parts[part] = ids.hashes([reference.id for reference in own]), _etags(source, own)
+                yield own
+
         with storage.scratch() as scratch:
             local = scratch / "plan.parquet"
-            write_plan(local, shards)
+            write_plan(local, shards())
             plan = artefact.place(storage, local, f"{folder}/plans/{stem}")
-        parts = {part: ([ref.id for ref in own], _etags(source, own)) for part, own in enumerate(shards)}
         index = json.dumps([ids.place(storage, corpus["name"], stem, ids.table(parts))])
-        for part in range(len(shards)):
+        for part in parts:
             shard = f"{stem}-{part:05d}"
             # The first shard's Result brings the range's id index into the catalog.
             task = ShardTask(shard, plan.path, plan.sha256, part, "[]" if part else index)

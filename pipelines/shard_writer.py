@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from featurestore import artefact, media
 from featurestore.catalog import Entry
-from featurestore.corpora import MEDIA, MEMBER, MISSES, QUARANTINE, ROWS, member_header
+from featurestore.corpora import MEDIA, MEMBER, MISSES, QUARANTINE, ROWS, float_holds, member_header
 from featurestore.errors import DecodeError
 from featurestore.identity import ids_sha256, input_digest
 from featurestore.references import from_root
@@ -76,7 +76,7 @@ _PLAN = pa.schema(
 )
 
 
-def write_plan(local: Path, shards: list[list[SampleRef]]) -> None:
+def write_plan(local: Path, shards: Iterable[list[SampleRef]]) -> None:
     with pq.ParquetWriter(local, _PLAN, compression="zstd") as writer:
         for shard in shards:
             columns = [list(column) for column in zip(*shard, strict=True)] or [[]] * len(_PLAN)
@@ -308,7 +308,10 @@ def _rows_table(samples: list[Sample], members: list[dict[str, dict[str, Any]]],
 
 
 def kept_column(values: list[Any]) -> pa.Array:
-    """A column of the source: of numbers, truths or texts as it is; of anything mixed or nested as JSON texts."""
+    """A column of the source: of numbers, truths or texts as it is; of anything mixed or nested as JSON texts.
+
+    Whole numbers beside others are float64 where it holds each of them to the last digit, else they are mixed.
+    """
     kinds = {type(value) for value in values if value is not None}
     if not kinds or kinds == {str}:
         return pa.array(values, pa.string())
@@ -316,9 +319,7 @@ def kept_column(values: list[Any]) -> pa.Array:
         return pa.array(values, pa.bool_())
     if kinds == {int} and all(abs(value) < 1 << 63 for value in values if value is not None):
         return pa.array(values, pa.int64())
-    if kinds == {float} or (
-        kinds <= {int, float} and all(abs(value) < 1 << 63 for value in values if value is not None)
-    ):
+    if kinds <= {int, float} and float in kinds and float_holds(values):
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
     return pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v, sort_keys=True) for v in values])
 

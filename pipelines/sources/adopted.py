@@ -18,7 +18,7 @@ class Rules:
 
     Args:
         uri: the tar.
-        by_key: whether the samples' ids are their keys, which a copy needs to be unique too.
+        by_key: whether the samples' ids are of their keys, which a copy needs to be unique in the tar too.
 
     Raises:
         InputError: from every method, where the tar cannot be adopted.

@@ -12,8 +12,9 @@ quarantine as `ambiguous`, which names both, and the rest of the sample comes in
 A sample's columns are `id`, `folder` (the id up to its last slash; null at the top) and `name` (the rest). A folder that is
 the group groups the samples in it; those at the top are a group each.
 
-Files and folders whose name begins with a dot are left out. A symbolic link to a file is that file where it is in the folder
-too, else its value goes to quarantine as `outside`; links to folders are not followed.
+Files and folders whose name begins with a dot are left out, and so are files that no pattern takes, of which `remarks()` tells.
+A symbolic link to a file is that file where it is in the folder too, else its value goes to quarantine as `outside`; links to
+folders are not followed.
 
 Several folders, of a list of paths, a pattern `f/*` or a list `f/{a,b}`, each have all of the fields' patterns. Ids are then
 relative to the folder that all of them are in: of a pattern or a list in braces that is the one before it, however many folders
@@ -57,6 +58,10 @@ MAX_PATTERNS = 62
 
 _ID = "{id}"
 _BATCH = 4_096
+
+_TOLD_LEFT = 3
+_MAX_ENDINGS = 100
+"""Of files that no pattern takes so many endings are counted apart, and so many told."""
 
 _FILES = pa.schema([("id", pa.large_string()), ("patterns", pa.int64()), ("size", pa.int64()), ("change", pa.uint64())])
 
@@ -185,6 +190,7 @@ class Folder(RowSource):
         self._places = _places(self.paths)
         self._prefixes = [place.prefix for place in self._places]
         self._patterns = Patterns({name: field["from"] for name, field in self.fields.items()})
+        self._left: dict[str, tuple[int, str]] = {}
 
     def unmatched(self) -> dict[str, str]:
         """Field -> its patterns, of the fields that no file matches."""
@@ -200,13 +206,23 @@ class Folder(RowSource):
             found = [(field, (0, "")) for field, value in row.values.items() if value is not None]
             yield self._reference(row, found)._replace(bytes=size)
 
+    def remarks(self) -> list[str]:
+        """How many files no pattern took, by their endings, with an example of each: a README, or pictures `.JPG`."""
+        if not self._left:
+            return []
+        most = sorted(self._left.items(), key=lambda each: (-each[1][0], each[0]))
+        count, told = sum(each for _, (each, _) in most), most[:_TOLD_LEFT]
+        by_ending = ", ".join([*(f"{own} {ending}" for ending, (own, _) in told), *["…"][: len(most) - len(told)]])
+        examples = ", ".join(repr(path) for _, (_, path) in told)
+        return [f"files that no pattern takes, left out: {count} ({by_ending}), e.g. {examples}"]
+
     def rows(self) -> Iterator[Row]:
         """Every sample, by its id."""
         return self.read(self.references())
 
     def _matched(self) -> Iterator[_Files]:
         """Every file that a pattern takes."""
-        listed, taken, example = 0, 0, ""
+        listed, taken, self._left = 0, 0, {}
         for place, file in ((each, file) for each in self._places for file in listing(each.path)):
             listed += 1
             if (matched := self._patterns.match(file.path)) is not None:
@@ -214,13 +230,22 @@ class Folder(RowSource):
                 sample_id = check_id(f"{place.prefix}{sample_id}", f"{place.path}/{file.path}")
                 yield sample_id, 1 << number, file.size, hash64(f"{file.path}\n{file.size}\n{file.change}")
             else:
-                example = example or f", e.g. {file.path!r}"
+                self._leave(f"{place.prefix}{file.path}")
         if not taken:
+            example = next((f", e.g. {path!r}" for _, path in self._left.values()), "")
             raise InputError(
                 f"{', '.join(each.path for each in self._places[:5])} has no file that matches "
                 f"{', '.join(map(repr, map(str, self._patterns.all)))}; files there: "
                 f"{listed}{example}; correct corpus.source.path or the fields' patterns, or let `braid init FOLDER` write them"
             )
+
+    def _leave(self, path: str) -> None:
+        stem, dot, last = posixpath.basename(path).rpartition(".")
+        ending = f".{last}" if stem and dot and last.isalnum() else "without an ending"
+        if ending not in self._left and len(self._left) >= _MAX_ENDINGS:
+            ending = "of other endings"
+        count, first = self._left.get(ending, (0, path))
+        self._left[ending] = count + 1, first
 
     def read(self, references: Iterable[SampleRef]) -> Iterator[Row]:
         """Samples again, without a look at the folder: a reference says which patterns found a file."""

@@ -21,7 +21,7 @@ from pipelines.sources.files import FileValue
 __all__ = ["ROW", "InlineText", "Record", "Row", "RowSource", "Spoiled", "inline"]
 
 ROW = "__row__"
-"""A column that a manifest and a Parquet file have without a word: where a row stands, for corpora without ids."""
+"""A column that manifests, Parquet files and tars have without a word: where a row stands, for corpora without ids."""
 
 _SHOWN = 80
 _STATS = 32
@@ -101,6 +101,7 @@ class RowSource(ABC):
 
     order = BY_ID
     numbers_rows = False
+    """Whether `id: ROW` calls a sample by its file and its place there."""
 
     def __init__(self, corpus: dict[str, Any], used: Iterable[str] = ()) -> None:
         self.paths: list[str] = corpus["source"]["path"]
@@ -128,6 +129,10 @@ class RowSource(ABC):
     @abstractmethod
     def place(self, reference: SampleRef) -> str:
         """Where a person finds a sample."""
+
+    def could_number(self) -> bool:
+        """Whether the spec could name ROW as the id, and does not."""
+        return self.numbers_rows and not self._numbered
 
     def columns(self) -> set[str]:
         """Names of all columns of the rows that `references()` has read so far."""
@@ -198,11 +203,13 @@ class RowSource(ABC):
         return sample_id, check_id(group, f"{row.where}: group") if group is not None else sample_id
 
     def _row_id(self, row: Row) -> str | None:
-        """Its file, below the folder that all are in, and its number there, of a line its first byte; None of no row."""
-        if not row.columns:
-            return None
-        path = row.uri.partition("?")[0] if is_far(row.uri) else row.uri
-        return f"{'/'.join(path.split('/')[len(self._top) :])}#{row.offset}"
+        """Its file, and its number there, of a line its first byte; None of no row."""
+        return f"{self._below_top(row.uri)}#{row.offset}" if row.columns else None
+
+    def _below_top(self, uri: str) -> str:
+        """A file's path below the folder that all are in."""
+        path = uri.partition("?")[0] if is_far(uri) else uri
+        return "/".join(path.split("/")[len(self._top) :])
 
     def _times(self, row: Row) -> dict[str, int | None]:
         return {

@@ -10,6 +10,9 @@ column that is called so itself, or like another of Braid's own columns or like 
 does any column that the spec calls so: `from: json.caption` reads a text field from a column. A row beside the tar whose
 sample the tar has not (img2dataset's failed downloads) is no sample. Columns of bytes there are not kept.
 
+Where each tar counts its keys anew, `id: __row__` calls a sample by its tar too, by its path below the folder that all are in,
+without `.tar`: `00017/0042`. The key stays a column, `__key__`. Tars that are added change no such id.
+
 Planning reads headers and `json` members. Tars are anybody's: a link, a pipe or a device is no value (`no_file`), and is
 followed nowhere; two members of one name are none (`ambiguous`), nor is a column's list or object a text (`not_text`). Of a
 tar that is cut off comes in what is whole: the value that the cut went through is rejected as `truncated`, and so is what its
@@ -33,7 +36,7 @@ from featurestore.row_order import BY_SOURCE, BY_TAR
 from pipelines.sources import SampleRef, Source, Value
 from pipelines.sources.adopted import Rules
 from pipelines.sources.files import Part, expand
-from pipelines.sources.rows import Row, RowSource, Spoiled, as_read, inline
+from pipelines.sources.rows import ROW, Row, RowSource, Spoiled, as_read, inline
 from pipelines.sources.sidecar import Sidecar
 from pipelines.sources.tar_members import MAX_AT_ONCE, CutOff, Member, Tar, members
 
@@ -76,6 +79,8 @@ class _Group:
 class WebDataset(RowSource):
     """Tars of samples."""
 
+    numbers_rows = True
+
     def __init__(self, corpus: dict[str, Any]) -> None:
         self._from = {name: _wanted(name, each) for name, each in corpus["fields"].items()}
         wanted = {each for names in self._from.values() for each in names}
@@ -83,7 +88,7 @@ class WebDataset(RowSource):
         self.order = BY_TAR if corpus["source"].get("adopt") else BY_SOURCE
         self._extensions = {"json"} | {each for each in wanted if not each.startswith(_JSON)}
         # A column of the source's own that is called like the key is not the key.
-        self._own = self._reserved | {"id", _KEY}
+        self._own = self._reserved | {"id", _KEY} | ({ROW} if self._numbered else set())
         self._known: dict[str, tuple[int, str]] = {}
         self._sidecars: OrderedDict[str, Sidecar] = OrderedDict()
         self._told: dict[str, tuple[int, str]] = {}
@@ -95,7 +100,7 @@ class WebDataset(RowSource):
             with Tar(uri) as tar:
                 self._known[uri] = tar.size, tar.change
                 beside, met = self._sidecar(uri), 0
-                rules = Rules(uri, self._names["id"] in ("id", _KEY)) if self.order == BY_TAR else None
+                rules = Rules(uri, self._names["id"] in ("id", _KEY, ROW)) if self.order == BY_TAR else None
                 for group in self._groups(tar, 0, None, self._remark, rules):
                     met += group.key in beside
                     row = self._row(tar, group)
@@ -207,6 +212,8 @@ class WebDataset(RowSource):
         columns |= {name: group.key for name in ("id", _KEY) if name in self._taken}
         if "id" not in self._taken:
             columns[_KEY] = group.key
+        if self._numbered:
+            columns[ROW] = f"{self._below_top(tar.uri).removesuffix('.tar')}/{group.key}"
         values = {name: self._value(tar, group, wanted, columns) for name, wanted in self._from.items()}
         content = raw + json.dumps(beside, sort_keys=True).encode() if beside else raw
         return Row(columns, values, content, tar.uri, group.start, group.end - group.start, where)

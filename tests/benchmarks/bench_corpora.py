@@ -3,7 +3,8 @@
 Each part runs in a process of its own. Memory is the rise of its peak RSS over what it held after the imports, divided by the
 references. The shuffle is the shard job on the local runner with nothing behind the cuts: its workers are told what to write
 and write nothing. Captions stand in the manifest itself, or in `.paths.` are paths of local files, each of which is asked for
-its size and change: 1,000 files, each named by 1,000 rows. Ids have 15 characters, groups 10.
+its size and change: 1,000 files, each named by 1,000 rows. Ids have 15 characters, groups 10; in `.one.` all are of one group,
+and so of one range.
 """
 
 import csv
@@ -26,7 +27,13 @@ from pipelines.ingest import Ingest
 from pipelines.runner import InFlight, Job, Result
 from tests.benchmarks import Bar, at_least, at_most
 
-SIZES = {"jsonl": (1_000_000, 10_000_000), "paths.jsonl": (1_000_000,), "csv": (1_000_000,), "parquet": (1_000_000,)}
+SIZES = {
+    "jsonl": (1_000_000, 10_000_000),
+    "paths.jsonl": (1_000_000,),
+    "one.jsonl": (400_000,),
+    "csv": (1_000_000,),
+    "parquet": (1_000_000,),
+}
 FILES = 1_000
 MAX_BYTES = 400
 MIN_ROWS_PER_S = {"csv": 100_000, "paths.jsonl": 5_000}
@@ -96,6 +103,8 @@ def _write(spec: specs.Spec, count: int) -> int:
     rows = _rows(count)
     if ".paths." in path.name:
         rows = _paths(rows, path.parent)
+    if ".one." in path.name:
+        rows = (row | {"group": "the-one"} for row in rows)
     if path.suffix == ".parquet":
         schema = pa.schema([(name, pa.string()) for name in ("id", "group", "caption", "label")])
         with pq.ParquetWriter(path, schema) as writer:

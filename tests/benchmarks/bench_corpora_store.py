@@ -90,7 +90,7 @@ def _fill(groups: Iterator[str]) -> float:
     cut, own = Cut(BY_ID, rows, most_bytes), {}
     for number, reference in cut.ranges(references, ranges):
         own.setdefault(number, []).append(reference)
-    shards = sum(len(cut.shards(each)) for each in own.values())
+    shards = sum(1 for each in own.values() for _ in cut.shards(each))
     return FILL_SAMPLES / (shards * rows)
 
 

@@ -328,7 +328,7 @@ def _one_long_shard() -> list[float]:
     references = [
         SampleRef(_id(number), _id(number), "", 0, "", number, 0) for number in range(SKEWED_SHARDS * SKEWED_ROWS)
     ]
-    shards = Cut(BY_ID, SKEWED_ROWS, 1).shards(references)
+    shards = list(Cut(BY_ID, SKEWED_ROWS, 1).shards(references))
     long = {reference.id for reference in shards[SKEWED_SHARDS // 2]}
     return [LONG_S if _id(number) in long else SHORT_S for number in range(len(references))]
 

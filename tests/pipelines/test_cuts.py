@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from featurestore.identity import hash64
 from featurestore.row_order import AS_STORED, BY_ID, BY_SOURCE, BY_TAR
+from pipelines import cuts
 from pipelines.cuts import SHARDS_PER_RANGE, Cut, range_of
 from pipelines.ingest import Ingest
 from pipelines.reference_blocks import packed, unpacked
@@ -36,7 +39,7 @@ def test_cut_takes_every_sample_once_in_order_and_fills_each_shard(
     drawn: list[tuple[str, int]], max_rows: int, max_bytes: int, rng: random.Random
 ) -> None:
     samples = references(drawn)
-    shards = Cut(BY_ID, max_rows, max_bytes).shards(samples)
+    shards = list(Cut(BY_ID, max_rows, max_bytes).shards(samples))
     assert sorted(ref for shard in shards for ref in shard) == sorted(samples)
     for shard in shards:
         assert [ref.id for ref in shard] == sorted(ref.id for ref in shard)
@@ -47,7 +50,47 @@ def test_cut_takes_every_sample_once_in_order_and_fills_each_shard(
         assert len(shard) == max_rows or (len(shard) + 1) * 100 > max_bytes, "a shard ended that had room"
     shuffled = samples.copy()
     rng.shuffle(shuffled)
-    assert Cut(BY_ID, max_rows, max_bytes).shards(shuffled) == shards
+    assert list(Cut(BY_ID, max_rows, max_bytes).shards(shuffled)) == shards
+
+
+names = st.text(min_size=1, max_size=3)
+places = st.text(st.sampled_from("a/\x7fé\ud800\udcff\uffff\U00010000"), min_size=1, max_size=3)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(names, names, places, st.integers(0, 1 << 40)), max_size=30, unique_by=lambda each: each[2:]))
+def test_samples_that_are_sorted_in_runs_stand_as_if_they_were_sorted_at_once(
+    drawn: list[tuple[str, str, str, int]],
+) -> None:
+    """Whatever their texts are: names of files that are not UTF-8 hold surrogates."""
+    samples = [SampleRef(name, group, "e", 1, uri, offset, 7) for name, group, uri, offset in drawn]
+    by_id, by_place = (Cut(order, 1, 1) for order in (BY_ID, BY_SOURCE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuts, "_RUN", 4)
+        assert [each for (each,) in by_place.shards(samples)] == sorted(samples, key=lambda each: each[4:6])
+        assert [each for (each,) in by_id.shards(samples)] == sorted(samples, key=place)
+
+
+def test_a_range_of_one_large_group_is_held_packed() -> None:
+    """A recording is a group, and may have ten million windows."""
+    count = 300_000
+    code = f"""
+from pipelines import cuts
+from pipelines.cuts import Cut
+from pipelines.sources import SampleRef
+def hwm():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+def references(count):
+    for number in range(count):
+        yield SampleRef(f"sample-{{number:08}}", "the-one", f"{{number:016x}}", 80, "/data/m.jsonl", number * 90, 90)
+assert sum(len(shard) for shard in Cut("id", 10_000, 1 << 40).shards(references(10_000))) == 10_000
+before = hwm()
+assert sum(len(shard) for shard in Cut("id", 10_000, 1 << 40).shards(references({count}))) == {count}
+print((hwm() - before) / {count})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) < 100
 
 
 @given(st.lists(st.text(min_size=1, max_size=6), min_size=1), st.integers(1, 1000))
@@ -142,7 +185,7 @@ def test_shards_are_consecutive_stretches_however_the_shuffle_gives_their_refere
     shards = [shard for part in parts.values() for shard in cut.shards(part)]
     assert shards == stretches(samples, max_rows, max_bytes, order == BY_TAR)
     for number, part in parts.items():
-        made = len(cut.shards(part))
+        made = len(list(cut.shards(part)))
         assert made <= SHARDS_PER_RANGE
         if order != BY_TAR and number + 1 < len(parts):
             assert made == SHARDS_PER_RANGE, "the number of ranges is as small as it can be"

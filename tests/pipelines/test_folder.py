@@ -461,17 +461,18 @@ def test_a_run_stores_every_sample_once_and_a_second_one_only_what_is_new(tmp_pa
     }
     assert not verify(store.storage).findings
     put(folder, "new/1.txt", "new/2.txt")
-    assert shard_step(text, store) == (plan.STALE, 2, 17, "samples: 2 new")
+    left = "files that no pattern takes, left out: 1 (1 .png), e.g. 'left.png'"
+    assert shard_step(text, store) == (plan.STALE, 2, 17, f"samples: 2 new; {left}")
     grown = run(text)
     assert {entry.shard for entry in corpus.shards} < {entry.shard for entry in grown.corpus("texts").shards}
-    assert shard_step(text, grown) == (plan.FRESH, 0, 17, "17 samples stored")
+    assert shard_step(text, grown) == (plan.FRESH, 0, 17, f"17 samples stored; {left}")
     (folder / "new/1.txt").write_text("another text")
     put(folder, "b c/1_desc.txt")
     (folder / "ü/0_desc.txt").unlink()
     (folder / "ü/4.txt").unlink()
     (folder / "ü/4_desc.txt").unlink()
     os.utime(folder / "a/2.txt", (1, 1))
-    told = "samples: 2 changed, 1 gone; 2 touched: `braid run` compares them once"
+    told = f"samples: 2 changed, 1 gone; 2 touched: `braid run` compares them once; {left}"
     assert shard_step(text, grown) == (plan.STALE, 2, 16, told)
 
 

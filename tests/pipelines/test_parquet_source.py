@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from featurestore.errors import DecodeError, InputError
+from featurestore.store import FeatureStore
 from jobs import plan
 from jobs import spec as specs
 from jobs.run import Runner
@@ -343,3 +344,16 @@ def served(tmp_path: Path) -> Iterator[str]:
 def test_files_of_a_web_server_are_read_in_ranges(tmp_path: Path, served: str) -> None:
     written(tmp_path / "a.parquet", image=[b"one", b"two"])
     assert values(source_of(f"{served}/a.parquet")) == [b"one", b"two"]
+
+
+def test_by_reference_cells_are_copied_and_what_a_path_names_stays(tmp_path: Path) -> None:
+    """A cell is compressed with others of its column: nowhere do its bytes stand by themselves."""
+    (tmp_path / "b.txt").write_bytes(b"in a file")
+    cells = pa.array([{"bytes": b"in a cell", "path": None}, {"bytes": None, "path": "b.txt"}], BYTES_AND_PATH)
+    written(tmp_path / "a.parquet", text=cells)
+    spec = specs.parse(SPEC.format(folder=tmp_path) + "  media: reference\n", "spec")
+    Runner(spec, Console(quiet=True)).run(("shard",))
+    corpus = FeatureStore(spec.store).corpus("pictures")
+    assert [row["text"]["uri"] for row in corpus.to_arrow().to_pylist()] == [None, "b.txt"]
+    found = [corpus.value(*corpus.locate(sample_id), "text") for sample_id in ("s0", "s1")]
+    assert found == [b"in a cell", b"in a file"]
