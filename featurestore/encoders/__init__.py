@@ -59,7 +59,8 @@ class BaseEncoder(ABC):
     """Turns raw bytes of one modality into vectors.
 
     Safe to share between threads: `decode` and `encode` may be called from several at once. Constructing one, its
-    `fingerprint()` and its `card()` neither load the model nor import torch.
+    `fingerprint()` and its `card()` neither load the model nor import torch (but for a checkpoint whose config.json leaves out
+    what transformers knows a default of).
 
     Attributes:
         key: the module's name with `-` for `_`.

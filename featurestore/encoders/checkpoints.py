@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -116,16 +116,47 @@ class CheckpointEncoder(BaseEncoder):
         return {"checkpoint": self.options.checkpoint, "revision": self.options.revision}
 
     def in_config(self, *names: str) -> int:
-        """Return the first of some sizes that the checkpoint's configuration states. InputError where it has none."""
-        for name in names:
-            found = self.config
-            for part in name.split("."):
-                found = found.get(part) if isinstance(found, dict) else None  # type: ignore[assignment]
-            if isinstance(found, list) and found:
-                found = found[-1]
-            if isinstance(found, int) and found > 0:
-                return found
-        raise self.unfit(f"its config.json states none of {', '.join(names)}")
+        """Return the first of some sizes that the checkpoint's configuration states. InputError where it has none.
+
+        Where its config.json states none of them, as one may that leaves defaults out, what transformers takes counts.
+        """
+        for read in (self._as_written, self._as_read):
+            for name in names:
+                found = read(name)
+                if isinstance(found, list | tuple) and found:
+                    found = found[-1]
+                if isinstance(found, int) and found > 0:
+                    return found
+        raise self.unfit(f"its config.json states none of {', '.join(names)}, and transformers has no default of them")
+
+    def setting(self, name: str) -> Any:
+        """Return what config.json says, or where it is silent what transformers takes; None where that knows no such name."""
+        written = self._as_written(name)
+        return self._as_read(name) if written is None else written
+
+    def _as_written(self, name: str) -> Any:
+        found: Any = self.config
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+
+    def _as_read(self, name: str) -> Any:
+        found = self._whole_config
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return found
+
+    @cached_property
+    def _whole_config(self) -> Any:
+        """With every default. Transformers' configurations import torch: so it is read where config.json leaves one out."""
+        from transformers import AutoConfig
+
+        with silent():
+            try:
+                return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:
+                # Its own checks raise classes of another library.
+                raise self.unfit(f"its config.json: {' '.join(str(error).split())[:300]}") from error
 
     def unfit(self, why: str) -> InputError:
         """The error that says why a checkpoint is none of this encoder's."""
