@@ -85,7 +85,9 @@ def test_what_one_setting_leaves_out_is_not_what_another_says(tmp_path: Path) ->
 
 
 def test_an_attention_model_is_no_convolutional_one_though_it_does_not_say_its_heads(tmp_path: Path) -> None:
-    assert encoders.find("hf-image", {"checkpoint": str(stated(tmp_path / "vit", "vit", model_type="vit"))}).dim == 768
+    folder = stated(tmp_path / "vit", "vit", model_type="vit")
+    encoder = encoders.find("hf-image", {"checkpoint": str(folder)})
+    assert (encoder.dim, encoder.preprocessing()["pooling"]) == (768, "cls")
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "no_such"}, {"model_type": "bert", "hidden_size": "many"}])
