@@ -36,7 +36,7 @@ class Encoder(TowerEncoder):
     key = "clip"
     modalities = ("image", "text")
     towers: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("vision_", "visual_"), "text": ("text_",)}
-    libraries: ClassVar[tuple[str, ...]] = ("pillow", "safetensors", "tokenizers", "torch", "transformers")
+    libraries: ClassVar[tuple[str, ...]] = ("safetensors", "tokenizers", "torch", "transformers")
     options: Options
 
     def __init__(self, options: Options) -> None:

@@ -43,7 +43,7 @@ class Encoder(CheckpointEncoder):
 
     key = "hf-audio"
     modalities = ("audio",)
-    libraries: ClassVar[tuple[str, ...]] = ("safetensors", "soundfile", "soxr", "torch", "transformers")
+    libraries: ClassVar[tuple[str, ...]] = ("safetensors", "torch", "transformers")
     shortest_s = MIN_SECONDS
     options: Options
 

@@ -61,7 +61,7 @@ class Encoder(CheckpointEncoder):
 
     key = "hf-image"
     modalities = ("image",)
-    libraries: ClassVar[tuple[str, ...]] = ("pillow", "safetensors", "torch", "transformers")
+    libraries: ClassVar[tuple[str, ...]] = ("safetensors", "torch", "transformers")
     options: Options
 
     def __init__(self, options: Options) -> None:
