@@ -101,7 +101,7 @@ class Idefics:
         for place, each in enumerate(tokens):
             excess = max(0, len(each) - self._max_tokens)
             texts = [at for at, token in enumerate(each) if token not in kept]
-            dropped = {*texts[len(texts) - excess :]} if excess else set()
+            dropped = {*texts[max(0, len(texts) - excess) :]} if excess else set()
             tokens[place] = [token for at, token in enumerate(each) if at not in dropped]
         return tokens
 
