@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from featurestore.encoders import BaseEncoder
+from featurestore.encoders import BaseEncoder, contract
 from featurestore.encoders.runtime import lacks_memory
-from featurestore.errors import AlignmentError, DecodeError
+from featurestore.errors import AlignmentError, BraidError, DecodeError, InputError
 
 __all__ = ["Forwarded", "forward"]
 
@@ -21,31 +21,70 @@ class Forwarded(NamedTuple):
 def forward(encoder: BaseEncoder, values: list[Any]) -> Forwarded:
     """Vectors of decoded values; a batch that fails as a whole is halved until a value fails alone.
 
-    So is one that memory does not hold, on a GPU or here; a value that it does not hold alone is `out_of_memory`.
+    So is one that memory does not hold, on a GPU or here; a value that it does not hold alone is `out_of_memory`. What else the
+    model raises on a value alone, of whatever class, is that value's `encoder_error`.
+
+    Raises:
+        InputError: it raises on every one of the values, and on a plain one too: the encoder is at fault, not what it is given.
     """
+    raised: list[str] = []
+    made = _halved(encoder, values, raised)
+    if values and len(raised) == len(values):
+        _try_plain(encoder, raised[0])
+    return made
+
+
+def _halved(encoder: BaseEncoder, values: list[Any], raised: list[str]) -> Forwarded:
+    """As `forward`; what the model raises on a value alone is told in `raised` too."""
     if not values:
         return Forwarded([])
     try:
         encoded = encoder.encode(values)
-    except (DecodeError, MemoryError, RuntimeError, ValueError) as error:
-        failed, short = _reason(encoder, error), lacks_memory(error)
+    except DecodeError as error:
+        failed, short, told = error.with_traceback(None), False, ""
+    except BraidError:
+        raise
+    except Exception as error:
+        short, told = lacks_memory(error), _told(error)
+        # Not the allocator's words: its figures are of the moment.
+        failed = (
+            DecodeError("out_of_memory", f"{encoder.key} needs more memory than there is for this value alone")
+            if short
+            else DecodeError("encoder_error", told)
+        )
     else:
         return Forwarded(_vectors(encoder, encoded, len(values)))
     # Behind the handler: until it ends, the error holds what the forward had allocated.
     if len(values) == 1:
+        raised += [told] if failed.reason == "encoder_error" and told else []
         return Forwarded([failed])
     half = len(values) // 2
-    first, second = forward(encoder, values[:half]), forward(encoder, values[half:])
+    first, second = _halved(encoder, values[:half], raised), _halved(encoder, values[half:], raised)
     return Forwarded(first.vectors + second.vectors, first.batches_halved + second.batches_halved + short)
 
 
-def _reason(encoder: BaseEncoder, error: Exception) -> DecodeError:
-    if isinstance(error, DecodeError):
-        return error.with_traceback(None)
-    if lacks_memory(error):
-        # Not the allocator's words: its figures are of the moment.
-        return DecodeError("out_of_memory", f"{encoder.key} needs more memory than there is for this value alone")
-    return DecodeError("encoder_error", str(error)[:500])
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _try_plain(encoder: BaseEncoder, told: str) -> None:
+    """Raises InputError where the model raises on one of the values that every encoder of its modality takes."""
+    try:
+        value = contract.decoded(encoder, contract.samples(encoder)[0])
+    except Exception:
+        # As a sensor's of other channels: then the failure budget alone is the guard.
+        return
+    try:
+        encoder.encode([value])
+    except BraidError:
+        return
+    except Exception as error:
+        if lacks_memory(error):
+            return
+        raise InputError(
+            f"encoder {encoder.key} ({encoder.source}) fails on every value of a batch, the first with {told!r}, and on a "
+            f"plain {encoder.modality} too, with {_told(error)!r}: correct the encoder, or take a checkpoint that is whole"
+        ) from error
 
 
 def _vectors(encoder: BaseEncoder, encoded: np.ndarray, count: int) -> list[np.ndarray | DecodeError]:

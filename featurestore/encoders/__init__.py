@@ -47,6 +47,10 @@ _SHARED = frozenset({
 })  # fmt: skip
 
 
+_DECODED_WITH = {"image": {"pillow"}, "video": {"av"}, "audio": {"soundfile", "soxr"}}
+"""Modality -> distributions that `featurestore.media` and `featurestore.video` decode it with."""
+
+
 class EncoderOptions(BaseModel):
     """Options that every encoder has. A module's `Options` extends it and sets its own default batch size."""
 
@@ -59,7 +63,8 @@ class BaseEncoder(ABC):
     """Turns raw bytes of one modality into vectors.
 
     Safe to share between threads: `decode` and `encode` may be called from several at once. Constructing one, its
-    `fingerprint()` and its `card()` neither load the model nor import torch.
+    `fingerprint()` and its `card()` neither load the model nor import torch (but for a checkpoint whose config.json leaves out
+    what transformers knows a default of).
 
     Attributes:
         key: the module's name with `-` for `_`.
@@ -70,7 +75,7 @@ class BaseEncoder(ABC):
         batch_size: values that the pipeline gives to one `encode`, fixed by the recipe.
         licence: SPDX name of the weights' licence (of the code's, where there are no weights).
         source: where the weights, or the formulas, come from.
-        libraries: distributions whose version changes the numbers.
+        libraries: distributions whose version changes the numbers, beside those that the modalities are decoded with.
         concurrency: batches to encode at once where that waits for others than the cores; None is one a core.
         shortest_s: seconds of sound below which a value is filled up with zeros.
     """
@@ -177,6 +182,7 @@ class BaseEncoder(ABC):
     def card(self) -> dict[str, Any]:
         """Say what the vectors are, in JSON values, for the artefact's card."""
         options = self.options.model_dump(mode="json")
+        libraries = {*self.libraries}.union(*(_DECODED_WITH.get(each, ()) for each in self.reads))
         return {
             "key": self.key,
             "modality": self.modality,
@@ -189,7 +195,7 @@ class BaseEncoder(ABC):
             "address": self.address(),
             "preprocessing": self.preprocessing(),
             "weights": {name: _sha256(path) for name, path in sorted(self.weights().items())},
-            "libraries": {name: _version(name) for name in sorted(self.libraries)},
+            "libraries": {name: _version(name) for name in sorted(libraries)},
         }
 
     def fingerprint(self) -> str:

@@ -11,11 +11,11 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -24,14 +24,58 @@ from featurestore.encoders import BaseEncoder, EncoderOptions, converted
 from featurestore.encoders.runtime import device, placed
 from featurestore.errors import InputError, MissingExtra
 
-__all__ = ["CheckpointEncoder", "CheckpointOptions", "file_of", "folder_of", "silent", "tokenizer_of"]
+__all__ = [
+    "CheckpointEncoder",
+    "CheckpointOptions",
+    "Module",
+    "file_of",
+    "folder_of",
+    "modules_of",
+    "silent",
+    "tokenizer_of",
+]
 
 READ = (".json", ".txt", ".model", ".safetensors")
 """Endings of the files of a checkpoint that are read, in its folder itself."""
 
+MODULES = "modules.json"
+MAX_MODULES_BYTES = 1 << 20
 MAX_BYTES = 200 << 30
+_MODULE_FOLDER = re.compile(r"[A-Za-z0-9][\w-]*")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Module(NamedTuple):
+    """One of those that a checkpoint of sentence-transformers is made of, in their order."""
+
+    kind: str
+    """Its class, without where that lies."""
+    folder: str
+    """Of its settings, in the checkpoint's; empty where that is it."""
+
+    @property
+    def settings(self) -> str:
+        """The name of the file of its settings, from the checkpoint's folder."""
+        return f"{self.folder}/config.json" if self.folder else "config.json"
+
+
+def modules_of(raw: bytes) -> list[Module]:
+    """What a `modules.json` lists. ValueError where it is none, or names a folder that is no plain name."""
+    listed = json.loads(raw)
+    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        raise ValueError("it is no list of modules")
+    found = [Module(str(each.get("type")).rpartition(".")[2], str(each.get("path") or "")) for each in listed]
+    for each in found:
+        if each.folder and not _MODULE_FOLDER.fullmatch(each.folder):
+            raise ValueError(f"it names the folder {each.folder!r}; allowed: a plain name, like 1_Pooling")
+    return found
+
+
+def _settings(raw: bytes | None) -> list[str]:
+    """Files of settings in folders of a checkpoint, of its `modules.json`; without one, those that it may have."""
+    modules = [Module("Pooling", "1_Pooling")] if raw is None else modules_of(raw)
+    return sorted({each.settings for each in modules if each.folder})
 
 
 class CheckpointOptions(EncoderOptions):
@@ -60,23 +104,60 @@ class CheckpointEncoder(BaseEncoder):
 
     def weights(self) -> dict[str, Path]:
         """Return every file of the checkpoint that is read."""
-        return {path.name: path for path in sorted(self.folder.iterdir()) if path.suffix in READ}
+        own = {path.name: path for path in sorted(self.folder.iterdir()) if path.suffix in READ}
+        listed = own.get(MODULES)
+        try:
+            names = _settings(listed.read_bytes() if listed else None)
+        except ValueError as error:
+            raise self.unfit(f"its {MODULES}: {error}") from None
+        return own | {name: path for name in names if (path := self.folder / name).is_file()}
 
     def address(self) -> dict[str, Any]:
         """Say where the checkpoint is."""
         return {"checkpoint": self.options.checkpoint, "revision": self.options.revision}
 
     def in_config(self, *names: str) -> int:
-        """Return the first of some sizes that the checkpoint's configuration states. InputError where it has none."""
-        for name in names:
-            found = self.config
-            for part in name.split("."):
-                found = found.get(part) if isinstance(found, dict) else None  # type: ignore[assignment]
-            if isinstance(found, list) and found:
-                found = found[-1]
-            if isinstance(found, int) and found > 0:
-                return found
-        raise self.unfit(f"its config.json states none of {', '.join(names)}")
+        """Return the first of some sizes that the checkpoint's configuration states. InputError where it has none.
+
+        Where its config.json states none of them, as one may that leaves defaults out, what transformers takes counts.
+        """
+        for read in (self._as_written, self._as_read):
+            for name in names:
+                found = read(name)
+                if isinstance(found, list | tuple) and found:
+                    found = found[-1]
+                if isinstance(found, int) and found > 0:
+                    return found
+        raise self.unfit(f"its config.json states none of {', '.join(names)}, and transformers has no default of them")
+
+    def setting(self, name: str) -> Any:
+        """Return what config.json says, or where it is silent what transformers takes; None where that knows no such name."""
+        written = self._as_written(name)
+        return self._as_read(name) if written is None else written
+
+    def _as_written(self, name: str) -> Any:
+        found: Any = self.config
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+
+    def _as_read(self, name: str) -> Any:
+        found = self._whole_config
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return found
+
+    @cached_property
+    def _whole_config(self) -> Any:
+        """With every default. Transformers' configurations import torch: so it is read where config.json leaves one out."""
+        from transformers import AutoConfig
+
+        with silent():
+            try:
+                return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:
+                # Its own checks raise classes of another library.
+                raise self.unfit(f"its config.json: {' '.join(str(error).split())[:300]}") from error
 
     def unfit(self, why: str) -> InputError:
         """The error that says why a checkpoint is none of this encoder's."""
@@ -259,6 +340,7 @@ def _fetched(address: str) -> Path:
         fs.invalidate_cache()
         found = [each for each in fs.ls(root, detail=True) if each["type"] == "file"]
         listed = {each["name"].rpartition("/")[2]: each for each in found}
+        listed |= _of_modules(fs, root, listed.get(MODULES)) if len(found) > 1 else {}
     except ImportError as error:
         raise MissingExtra(f"checkpoint {address} needs a package that is not installed here: {error}") from error
     except Exception as error:
@@ -276,11 +358,23 @@ def _fetched(address: str) -> Path:
         aside = Path(tempfile.mkdtemp(dir=cache, prefix=f"{key}-"))
         try:
             for name, each in wanted.items():
+                (aside / name).parent.mkdir(exist_ok=True)
                 fs.get_file(each["name"], str(aside / name))
             _into_place(aside, cache / key)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return cache / key
+
+
+def _of_modules(fs: Any, root: str, listed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of the files of settings in folders those that there are: name -> what the object store says of each."""
+    if listed is not None and int(listed["size"] or 0) > MAX_MODULES_BYTES:
+        raise ValueError(f"its {MODULES} has {listed['size']} bytes; at most {MAX_MODULES_BYTES} are read")
+    found = {}
+    for name in _settings(None if listed is None else fs.cat_file(listed["name"])):
+        with suppress(FileNotFoundError):
+            found[name] = fs.info(f"{root.rstrip('/')}/{name}")
+    return found
 
 
 def _into_place(aside: Path, target: Path) -> None:

@@ -33,7 +33,7 @@ class Encoder(TowerEncoder):
     key = "clap"
     modalities = ("audio", "text")
     towers: ClassVar[dict[str, tuple[str, ...]]] = {"audio": ("audio_",), "text": ("text_",)}
-    libraries: ClassVar[tuple[str, ...]] = ("safetensors", "soundfile", "soxr", "tokenizers", "torch", "transformers")
+    libraries: ClassVar[tuple[str, ...]] = ("safetensors", "tokenizers", "torch", "transformers")
     shortest_s = MIN_SECONDS
     options: Options
 

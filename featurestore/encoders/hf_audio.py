@@ -43,7 +43,7 @@ class Encoder(CheckpointEncoder):
 
     key = "hf-audio"
     modalities = ("audio",)
-    libraries: ClassVar[tuple[str, ...]] = ("safetensors", "soundfile", "soxr", "torch", "transformers")
+    libraries: ClassVar[tuple[str, ...]] = ("safetensors", "torch", "transformers")
     shortest_s = MIN_SECONDS
     options: Options
 
@@ -55,7 +55,7 @@ class Encoder(CheckpointEncoder):
         self.processor = AudioProcessor(self, options.max_seconds)
         self.normalised = options.normalise
         self.dim = self.in_config("d_model", "hidden_size")
-        self._is_masked = self.config.get("feat_extract_norm", "layer") != "group"
+        self._is_masked = self._type in WAVES and self.setting("feat_extract_norm") != "group"
 
     def preprocessing(self) -> dict[str, Any]:
         """Return the extractor's settings, and how frames become one vector."""

@@ -40,7 +40,7 @@ class Encoder(CheckpointEncoder):
 
     key = "hf-video"
     modalities = ("video",)
-    libraries: ClassVar[tuple[str, ...]] = ("av", "pillow", "safetensors", "torch", "transformers")
+    libraries: ClassVar[tuple[str, ...]] = ("pillow", "safetensors", "torch", "transformers")
     options: Options
 
     def __init__(self, options: Options) -> None:

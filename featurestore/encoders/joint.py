@@ -58,15 +58,7 @@ class Encoder(CheckpointEncoder):
 
     key = "joint"
     modalities = ("image+text", "text+image", "video+audio", "audio+video")
-    libraries: ClassVar[tuple[str, ...]] = (
-        "av",
-        "pillow",
-        "safetensors",
-        "soxr",
-        "tokenizers",
-        "torch",
-        "transformers",
-    )
+    libraries: ClassVar[tuple[str, ...]] = ("pillow", "safetensors", "tokenizers", "torch", "transformers")
     options: Options
 
     def __init__(self, options: Options) -> None:

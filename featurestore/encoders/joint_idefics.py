@@ -3,7 +3,8 @@
 The prompt is the one that transformers' `IdeficsProcessor` writes: the beginning token, then each field, a text as it is and an
 image as its token between two of `<fake_token_around_image>`. It is written here because that class fetches a text that is an
 address from the network, and takes a text that has `<image>` in it for an image: here texts are texts, and these tokens are
-taken out of them. A missing field is left out; where a prompt has no image, the model's gates are shut, as they are there.
+taken out of them. Of a prompt that is too long the last tokens of its texts are cut, never those of an image. A missing field
+is left out; where a prompt has no image, the model's gates are shut, as they are there.
 
 The vector is the last layer's at the last token, which alone has seen all of the prompt.
 
@@ -44,6 +45,7 @@ class Idefics:
             **self._processor.settings,
             "prompt": "the fields in order, as IdeficsProcessor writes it",
             "max_tokens": self._max_tokens,
+            "cut": "the last tokens of texts",
             "without_field": "left out",
             "pooling": "last token",
         }
@@ -76,15 +78,7 @@ class Idefics:
 
         tokenizer, model = loaded
         prompts = [prompt(tokenizer.bos_token, value) for value in values]
-        tokens = tokenizer(
-            prompts,
-            padding=True,
-            truncation=True,
-            max_length=self._max_tokens,
-            add_special_tokens=False,
-            return_token_type_ids=False,
-            return_tensors="pt",
-        )
+        tokens = tokenizer.pad({"input_ids": self._cut(tokenizer, prompts)}, return_tensors="pt")
         pixels_BICHW = self._pixels(values, model.config)
         images = pixels_BICHW.shape[1]
         latest_BT, _ = theirs.image_attention_mask_for_packed_input_ids(tokens["input_ids"], tokenizer, "pt")
@@ -97,6 +91,19 @@ class Idefics:
         )
         last_B = tokens["attention_mask"].sum(1) - 1
         return output.last_hidden_state[torch.arange(len(values), device=model.device), last_B]
+
+    def _cut(self, tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each prompt, without the last ones of its texts where they are too many."""
+        kept = {tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids([IMAGE, AROUND])}
+        tokens: list[list[int]] = tokenizer(
+            prompts, add_special_tokens=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        for place, each in enumerate(tokens):
+            excess = max(0, len(each) - self._max_tokens)
+            texts = [at for at, token in enumerate(each) if token not in kept]
+            dropped = {*texts[max(0, len(texts) - excess) :]} if excess else set()
+            tokens[place] = [token for at, token in enumerate(each) if at not in dropped]
+        return tokens
 
     def _pixels(self, values: Sequence[tuple[Any, ...]], config: Any) -> Any:
         """[B, I, C, H, W]: the images of each, and zeros up to the most that one has, which is at least 1."""

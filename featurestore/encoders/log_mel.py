@@ -26,7 +26,7 @@ class Encoder(BaseEncoder):
     modalities = ("audio",)
     licence = "Apache-2.0"
     source = "Slaney 1998, Auditory Toolbox; librosa 0.11's definition"
-    libraries: ClassVar[tuple[str, ...]] = ("soundfile", "soxr", "torch")
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
     shortest_s = mel.N_FFT / mel.SAMPLE_RATE
     options: Options
 

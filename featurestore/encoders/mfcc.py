@@ -30,7 +30,7 @@ class Encoder(BaseEncoder):
     modalities = ("audio",)
     licence = "Apache-2.0"
     source = "Davis and Mermelstein 1980; librosa 0.11's definition"
-    libraries: ClassVar[tuple[str, ...]] = ("soundfile", "soxr", "torch")
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
     shortest_s = mel.N_FFT / mel.SAMPLE_RATE
     options: Options
 

@@ -43,7 +43,7 @@ class Encoder(BaseEncoder):
 
     key = "video-frames"
     modalities = ("video",)
-    libraries: ClassVar[tuple[str, ...]] = ("av", "numpy", "pillow")
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "pillow")
     options: Options
 
     def __init__(self, options: Options) -> None:

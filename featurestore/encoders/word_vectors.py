@@ -12,6 +12,7 @@ Legend: V words, D features.
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, NamedTuple, cast
@@ -161,13 +162,17 @@ def _header(path: Path) -> _Header:
 
 
 def _rows(path: Path, header: _Header) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    with _open(path) as file:
-        file.read(header.start)
-        yield from _binary(path, file, header) if header.is_binary else _text(path, file, header)
+    try:
+        with _open(path) as file:
+            file.read(header.start)
+            yield from _binary(path, file, header) if header.is_binary else _text(path, file, header)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _wrong(path, f"it cannot be read to its end: {error}") from error
 
 
 def _text(path: Path, file: IO[bytes], header: _Header) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1 + bool(header.start)):
+    number = first = int(bool(header.start))
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), first + 1):
         # A word may hold spaces, as GloVe's 840B has them: components are the last ones.
         parts = line.rstrip().rsplit(b" ", header.dim)
         try:
@@ -177,6 +182,8 @@ def _text(path: Path, file: IO[bytes], header: _Header) -> Iterator[tuple[str, N
         if len(vector) != header.dim or number > MAX_WORDS:
             raise _wrong(path, f"line {number} is no word with {header.dim} numbers: {line[:40]!r}")
         yield parts[0].decode("utf-8", "replace"), vector
+    if (found := number - first) < header.words:
+        raise _wrong(path, f"it ends behind word {found} of the {header.words} that its first line says")
 
 
 def _binary(path: Path, file: IO[bytes], header: _Header) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -206,7 +206,14 @@ def test_fingerprint_changes_with_a_library_and_with_preprocessing(case: str, mo
         patch.setattr(type(encoder), "preprocessing", lambda self: {"other": 1})
         assert encoder.fingerprint() != before
     monkeypatch.setattr(encoders, "_version", lambda name: "0.0")
-    assert (encoder.fingerprint() != before) == bool(encoder.libraries)
+    assert (encoder.fingerprint() != before) == bool(encoder.card()["libraries"])
+
+
+@every
+def test_what_a_value_is_decoded_with_is_among_the_libraries(case: str) -> None:
+    decoders = {"image": {"pillow"}, "video": {"av"}, "audio": {"soundfile", "soxr"}}
+    needed = set().union(*(decoders.get(modality, set()) for modality in loaded(case).reads))
+    assert needed <= loaded(case).card()["libraries"].keys()
 
 
 @pytest.mark.parametrize("key", ["efficientnet-lite0", "minilm-l6"])

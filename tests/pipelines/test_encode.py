@@ -253,7 +253,10 @@ def test_a_value_that_the_encoder_refuses_keeps_its_reason_and_costs_few_calls(
     assert asked == [7, 3, 1, 2, 1, 1, 4]
 
 
-def test_a_value_that_the_model_fails_on_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("out of memory, or anything"), IndexError("index out of range")])
+def test_a_value_that_the_model_fails_on_fails_alone(
+    error: Exception, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = bench.worker()
     task = bench.tasks()[-1]
     right = bench.rows(task, bench.worker())
@@ -263,7 +266,7 @@ def test_a_value_that_the_model_fails_on_fails_alone(bench: Bench, monkeypatch: 
 
     def fail(vectors: np.ndarray, values: Sequence[Any]) -> np.ndarray:
         if any(vector.max() >= max(loudest) for vector in vectors):
-            raise RuntimeError("out of memory, or anything")
+            raise error
         return vectors
 
     loudest += [max(row["embedding"]) for row in right if row["present"]]

@@ -12,6 +12,7 @@ from featurestore import encoders
 from featurestore.encoders import checkpoints
 from featurestore.errors import InputError
 from tests.checkpoints import checkpoint
+from tests.featurestore.encoders.test_hf_text import sentence_transformer
 from tests.loopback_s3 import loopback_s3
 
 
@@ -117,13 +118,15 @@ def test_a_checkpoint_on_s3_is_fetched_once_and_anew_when_it_changes(
 ) -> None:
     import fsspec
 
+    sentence_transformer(bert, "pooling_mode_cls_token")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with loopback_s3() as endpoint, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         client = fsspec.filesystem("s3", endpoint_url=endpoint)
         client.mkdir("models")
         client.put(str(bert), "models/bert", recursive=True)
-        found = encoders.find("hf-text", {"checkpoint": "s3://models/bert"})
+        found: Any = encoders.find("hf-text", {"checkpoint": "s3://models/bert"})
+        assert found.pooling == "cls"
         assert found.fingerprint() == encoders.find("hf-text", {"checkpoint": str(bert)}).fingerprint()
         checkpoints._fetched.cache_clear()
         monkeypatch.setattr(type(client), "get_file", None)  # a second fetch would fail
@@ -133,3 +136,16 @@ def test_a_checkpoint_on_s3_is_fetched_once_and_anew_when_it_changes(
         checkpoints._fetched.cache_clear()
         client.pipe_file("models/bert/tokenizer.json", (bert / "tokenizer.json").read_bytes() + b" ")
         assert encoders.find("hf-text", {"checkpoint": "s3://models/bert"}).fingerprint() != found.fingerprint()
+        client.rm("models/bert/1_Pooling/config.json")
+        checkpoints._fetched.cache_clear()
+        with pytest.raises(InputError, match=r"1_Pooling/config\.json is missing"):
+            encoders.find("hf-text", {"checkpoint": "s3://models/bert"})
+
+
+def test_the_hub_is_asked_for_the_settings_of_modules_too() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = [f"*{ending}" for ending in checkpoints.READ]
+    assert list(filter_repo_objects(["1_Pooling/config.json", "pytorch_model.bin"], allow_patterns=asked)) == [
+        "1_Pooling/config.json"
+    ]

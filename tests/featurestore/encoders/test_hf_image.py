@@ -1,17 +1,20 @@
 """hf-image against transformers itself, on the same checkpoint and the same bytes."""
 
 import io
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from featurestore import encoders
 from featurestore.errors import InputError
-from tests.checkpoints import checkpoint
+from tests.checkpoints import SIDE, TINY, checkpoint, drawn
 
 KINDS = ["dinov2", "efficientnet", "resnet", "vit"]
 
@@ -80,8 +83,70 @@ def test_bfloat16_is_close() -> None:
 
 
 def test_a_class_token_that_is_not_there_is_refused() -> None:
-    with pytest.raises(InputError, match="a convolutional model has no class token; allowed: mean, pooled"):
+    with pytest.raises(InputError, match=r"no class token is known of a 'resnet', as .*; allowed: mean, pooled"):
         found("resnet", pooling="cls")
+
+
+def saved(folder: Path, kind: str, **settings: Any) -> Path:
+    """A checkpoint of another architecture, of 16 patches."""
+    config = AutoConfig.for_model(kind, **{**TINY, "image_size": SIDE, "patch_size": 8, **settings})
+    drawn(AutoModel.from_config(config)).save_pretrained(folder)
+    shutil.copy(checkpoint("vit") / "preprocessor_config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "tokens"),
+    [
+        ("beit", {}, 1),
+        ("clip_vision_model", {}, 1),
+        ("deit", {}, 2),
+        ("dinov2_with_registers", {"num_register_tokens": 3}, 4),
+        ("dinov3_vit", {"num_register_tokens": 2}, 3),
+        ("ijepa", {}, 0),
+        ("siglip_vision_model", {}, 0),
+        ("vit_msn", {}, 1),
+    ],
+)
+def test_the_mean_is_of_the_patches_alone(kind: str, settings: dict[str, Any], tokens: int, tmp_path: Path) -> None:
+    folder = str(saved(tmp_path / kind, kind, **settings))
+    encoder: Any = encoders.find("hf-image", {"checkpoint": folder, "pooling": "mean"})
+    values = [encoder.decode(photograph((64, 64)))]
+    with torch.inference_mode():
+        (hidden,) = AutoModel.from_pretrained(folder)(torch.from_numpy(np.stack(values))).last_hidden_state
+    assert len(hidden) == 16 + tokens
+    np.testing.assert_allclose(encoder.encode(values)[0], hidden[tokens:].mean(0), atol=1e-5)
+    np.testing.assert_allclose(encoder.patches(values)[0][0], hidden[tokens:], atol=1e-5)
+    named = encoders.find("hf-image", {"checkpoint": folder}).preprocessing()["pooling"]
+    assert named == ("cls" if tokens else "pooled")
+
+
+def test_siglip_has_no_class_token(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "siglip", "siglip_vision_model")
+    with pytest.raises(InputError, match="no class token is known of a 'siglip_vision_model'"):
+        encoders.find("hf-image", {"checkpoint": str(folder), "pooling": "cls"})
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_model_that_masks_at_random_is_refused_when_it_is_loaded(pooling: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "mae", "vit_mae", decoder_num_attention_heads=4, decoder_hidden_size=32)
+    with pytest.raises(InputError, match=r"gives one image other vectors each time, .* apart: it is random"):
+        encoders.find("hf-image", {"checkpoint": str(folder), "pooling": pooling}).load()
+
+
+def test_where_patches_begin_is_not_guessed(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "yolos", "yolos", num_detection_tokens=5, image_size=[SIDE, SIDE])
+    encoder = encoders.find("hf-image", {"checkpoint": str(folder), "pooling": "mean"})
+    with pytest.raises(InputError, match=r"not known where its patches begin, .*'pooling': pooled"):
+        encoder.load()
+
+
+def test_a_model_that_cannot_encode_an_image_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("clip"), tmp_path / "clip"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 24}))
+    with pytest.raises(InputError, match="is none for encoder 'hf-image': it cannot encode an image: ValueError"):
+        encoders.find("hf-image", {"checkpoint": str(folder)}).load()
 
 
 def test_a_checkpoint_without_an_image_processor_is_refused() -> None:

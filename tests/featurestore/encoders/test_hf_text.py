@@ -106,6 +106,127 @@ def test_layers_behind_the_pooling_are_not_left_out_in_silence(tmp_path: Path) -
 
 def test_a_pooling_of_two_kinds_is_refused_until_one_is_named(tmp_path: Path) -> None:
     folder = sentence_transformer(Path(shutil.copytree(checkpoint("bert"), tmp_path / "st")), "pooling_mode_max_tokens")
-    with pytest.raises(InputError, match=r"it pools by pooling_mode_max_tokens; allowed: .* or name option 'pooling'"):
+    with pytest.raises(InputError, match=r"it pools by max_tokens; allowed: .* or name option 'pooling'"):
         found(folder)
     assert found(folder, pooling="mean").pooling == "mean"
+
+
+def said(folder: Path, name: str, **settings: Any) -> None:
+    (folder / name).write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def st(tmp_path: Path) -> Path:
+    return sentence_transformer(Path(shutil.copytree(checkpoint("bert"), tmp_path / "st")), "pooling_mode_mean_tokens")
+
+
+@pytest.mark.parametrize(
+    ("mode", "pooling"), [("cls", "cls"), ("mean", "mean"), ("lasttoken", "last"), (["cls"], "cls")]
+)
+def test_pooling_is_read_as_sentence_transformers_6_writes_it(st: Path, mode: Any, pooling: str) -> None:
+    said(st, "1_Pooling/config.json", embedding_dimension=32, pooling_mode=mode, include_prompt=True)
+    assert found(st).pooling == pooling
+    expected = found(pooling=pooling, normalise=False, max_tokens=8).encode(TEXTS)
+    np.testing.assert_allclose(found(st).encode(TEXTS), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["max", "weightedmean", "mean_sqrt_len_tokens", ["mean", "max"], ["mean", "cls"], 3])
+def test_another_pooling_of_sentence_transformers_6_is_never_the_mean(st: Path, mode: Any) -> None:
+    said(st, "1_Pooling/config.json", embedding_dimension=32, pooling_mode=mode)
+    with pytest.raises(InputError, match=r"it pools by .*; allowed: mean, cls, lasttoken, or name option 'pooling'"):
+        found(st)
+    assert found(st, pooling="cls").pooling == "cls"
+
+
+def test_a_pooling_whose_settings_are_missing_is_never_the_mean(st: Path) -> None:
+    (st / "1_Pooling" / "config.json").unlink()
+    with pytest.raises(
+        InputError, match=r"names a pooling and 1_Pooling/config.json is missing; name option 'pooling'"
+    ):
+        found(st)
+    assert found(st, pooling="mean").pooling == "mean"
+
+
+def test_modules_without_a_pooling_want_one_named(st: Path) -> None:
+    (st / "modules.json").write_text(json.dumps([{"path": "", "type": "sentence_transformers.models.Transformer"}]))
+    with pytest.raises(InputError, match=r"modules\.json names no pooling; name option 'pooling'"):
+        found(st)
+
+
+@pytest.mark.parametrize("path", ["../other", "a/b", "/etc", ".hidden"])
+def test_a_folder_that_is_no_plain_name_is_refused(st: Path, path: str) -> None:
+    (st / "modules.json").write_text(json.dumps([{"path": path, "type": "sentence_transformers.models.Pooling"}]))
+    with pytest.raises(InputError, match=r"it names the folder .* allowed: a plain name"):
+        found(st)
+
+
+def test_what_pooling_says_is_in_the_fingerprint(st: Path) -> None:
+    before = found(st, pooling="mean").fingerprint()
+    assert "1_Pooling/config.json" in found(st).card()["weights"]
+    said(st, "1_Pooling/config.json", embedding_dimension=32, pooling_mode="cls")
+    assert found(st, pooling="mean").fingerprint() != before
+
+
+def test_prompts_are_those_of_the_checkpoint_where_no_option_says_otherwise(st: Path) -> None:
+    name, prompts = "config_sentence_transformers.json", {"query": "query: ", "other": "of ", "document": ""}
+    said(st, name, prompts=prompts, default_prompt_name=None)
+    assert (found(st).decode(b"a"), found(st).decode_query(b"a")) == ("a", "query: a")
+    said(st, name, prompts={"other": "of "}, default_prompt_name="other")
+    assert (found(st).decode(b"a"), found(st).decode_query(b"a")) == ("of a", "of a")
+    said(st, name, prompts=prompts | {"passage": "passage: "}, default_prompt_name="other")
+    assert (found(st).decode(b"a"), found(st).decode_query(b"a")) == ("passage: a", "query: a")
+    assert (found(st, prompt="").decode(b"a"), found(st, prompt="").decode_query(b"a")) == ("a", "a")
+    assert found(st).fingerprint() != found(st, prompt="").fingerprint()
+    said(st, name, prompts=prompts, default_prompt_name="lost")
+    with pytest.raises(InputError, match="has no prompt of the name 'lost'"):
+        found(st)
+
+
+def test_a_prompt_that_is_not_pooled_is_refused_until_pooling_is_named(st: Path) -> None:
+    said(st, "1_Pooling/config.json", pooling_mode="mean", include_prompt=False)
+    assert found(st).pooling == "mean"  # no prompt, nothing to leave out
+    with pytest.raises(InputError, match=r"leaves the prompt out of what it pools \(include_prompt: false\)"):
+        found(st, prompt="of ")
+    assert found(st, prompt="of ", pooling="mean").decode(b"a") == "of a"
+
+
+def test_texts_are_made_small_letters_where_the_checkpoint_says_so(st: Path) -> None:
+    tokenizer = json.loads((st / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = None
+    (st / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with_capitals, small = ["A RED Bird"], ["a red bird"]
+    assert np.abs(found(st).encode(with_capitals) - found(st).encode(small)).max() > 1e-2
+    said(st, "sentence_bert_config.json", max_seq_length=8, do_lower_case=True)
+    assert np.array_equal(found(st).encode(with_capitals), found(st).encode(small))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"transformer_task": "fill-mask"},
+        {"module_output_name": "scores"},
+        {"processing_kwargs": {"text": {"padding": 1}}},
+    ],
+)
+def test_another_task_is_refused(st: Path, settings: dict[str, Any]) -> None:
+    said(st, "sentence_bert_config.json", **settings)
+    with pytest.raises(InputError, match=f"its {next(iter(settings))} "):
+        found(st)
+
+
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_queries_and_values_are_those_of_sentence_transformers(st: Path, version: str) -> None:
+    sentences = pytest.importorskip("sentence_transformers")
+    prompts = {"query": "query : ", "document": "passage : "}
+    said(st, "config_sentence_transformers.json", prompts=prompts, default_prompt_name=None)
+    said(st, "sentence_bert_config.json", max_seq_length=8, do_lower_case=True)
+    if version == "new":
+        said(st, "1_Pooling/config.json", embedding_dimension=32, pooling_mode="lasttoken", include_prompt=True)
+    theirs, ours = sentences.SentenceTransformer(str(st), device="cpu"), found(st)
+    raw = [text.upper().encode() for text in TEXTS]
+    words = [text.upper() for text in TEXTS]
+    np.testing.assert_allclose(
+        ours.encode([ours.decode(each) for each in raw]), theirs.encode_document(words), atol=1e-5
+    )
+    queries = ours.encode([ours.decode_query(each) for each in raw])
+    np.testing.assert_allclose(queries, theirs.encode_query(words), atol=1e-5)

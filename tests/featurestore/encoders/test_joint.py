@@ -126,6 +126,26 @@ def test_idefics_gives_the_vectors_of_transformers(sample: tuple[Any, ...]) -> N
     np.testing.assert_allclose(encoded(encoder, (*raws, *missing)), theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("modality", ["image+text", "video+audio"])
+def test_the_libraries_that_it_decodes_with_are_in_its_card(modality: str) -> None:
+    kind = "idefics" if modality == "image+text" else "perceiver"
+    libraries = found(kind, modality).card()["libraries"]
+    assert ({"av", "soundfile", "soxr"} <= libraries.keys()) == (modality == "video+audio")
+    assert {"pillow", "torch", "transformers"} <= libraries.keys()
+
+
+def test_an_image_behind_a_text_that_is_too_long_is_seen() -> None:
+    long = "a red bird of the long text " * 500
+    text_first, around = found("idefics", "text+image"), found("idefics", "text+image+text")
+    (one, other, none) = encoded(text_first, *[(long.encode(), image) for image in (IMAGES[0], IMAGES[1], None)])
+    assert min(np.abs(one - other).max(), np.abs(one - none).max()) > 1e-3
+    # The prompt is cut to 2048 tokens: one that begins it, and three of the image.
+    words = "a red bird of the long text " * 292
+    np.testing.assert_allclose(encoded(text_first, (words.encode(), IMAGES[0]))[0], one, atol=1e-5)
+    one, other = encoded(around, *[(long.encode(), image, b"a bird") for image in IMAGES[:2]])
+    assert np.abs(one - other).max() > 1e-3
+
+
 def test_a_text_can_neither_name_an_image_nor_fetch_one() -> None:
     encoder = found("idefics")
     plain, named = encoded(encoder, (IMAGES[0], b"a bird")), encoded(encoder, (IMAGES[0], b"a <image>bird"))

@@ -90,6 +90,25 @@ def test_a_file_of_another_kind_is_told(content: bytes, told: str, tmp_path: Pat
         found(path).load()
 
 
+@pytest.mark.parametrize("header", ["5 3\n", "3 3\n"])
+def test_a_text_file_that_ends_before_its_header_says_is_refused(header: str, tmp_path: Path) -> None:
+    (tmp_path / "cut.vec").write_text(header + "a 1 2 3\nbird 4 5 6\n")
+    with pytest.raises(
+        InputError, match=rf"cut\.vec is no file .*: it ends behind word 2 of the {header[0]} that its first"
+    ):
+        found(tmp_path / "cut.vec").load()
+
+
+def test_a_compressed_file_that_is_cut_is_refused(tmp_path: Path) -> None:
+    rows = "".join(f"word{number} {number}.{number * 7919 % 997} 1 2\n" for number in range(20_000))
+    whole = gzip.compress(f"20000 3\n{rows}".encode())
+    (tmp_path / "cut.vec.gz").write_bytes(whole[:-2000])
+    with pytest.raises(
+        InputError, match=r"cut\.vec\.gz is no file .*: it cannot be read to its end: Compressed file ended"
+    ):
+        found(tmp_path / "cut.vec.gz").load()
+
+
 def static(folder: Path, **tensors: np.ndarray) -> Path:
     folder.mkdir()
     word_pieces().save_pretrained(folder)
