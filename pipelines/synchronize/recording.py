@@ -1,7 +1,8 @@
 """One recording: its streams on one clock, its windows, and the value of each stream in each window.
 
 Nothing of a stream is held but what the windows in hand need: its times are merged with the windows in one pass, and its
-values are read beside that in another. A stream that is measured against another one is read once more before, and so is that.
+values are read beside that in another; where long windows hold many short ones, in some more. A stream that is measured
+against another one is read once more before, and so is that.
 
 A stream that breaks off with an error is good up to there: of later windows its value is that error.
 """
@@ -226,8 +227,9 @@ class Recording:
         if field["modality"] == "audio":
             return sounds(file, field, clock, chunks)
         if field["modality"] == "image":
-            begin = _begin(file, clock, chunks)
-            return matched(file, field, clock, chunks, video.events(file, begin), frames(file, begin))
+            # A nanosecond that a clock rounds, and one that its inverse does.
+            begin = video.start(file, int(clock.to_stream(chunks[0].begin_ns[:1])[0]) - 2)
+            return matched(file, field, clock, chunks, video.events(file, begin), frames(file))
         if field["modality"] == "text":
             return matched(file, field, clock, chunks, self._events(name), texts(file, field, clock))
         events = self._events(name)
@@ -310,13 +312,3 @@ def _chosen(windows: Iterable[WindowChunk], numbers: Sequence[int]) -> Iterator[
         done += size
         if not len(wanted) or done > wanted[-1]:
             return
-
-
-def _begin(file: FileValue, clock: Clock, chunks: list[WindowChunk]) -> video.Start | None:
-    """Where to begin with a video for some windows: no policy of frames asks for more than the last before the first."""
-    try:
-        # A nanosecond that a clock rounds, and one that its inverse does.
-        return video.start(file, int(clock.to_stream(chunks[0].begin_ns[:1])[0]) - 2) if chunks else None
-    except (DecodeError, NoStream):
-        # Told where the stream is read.
-        return None

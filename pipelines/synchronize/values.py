@@ -1,5 +1,7 @@
 """What a stream has in each window of a recording: its events merged with the windows, and the value of what is matched."""
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,9 +15,12 @@ from pipelines.sources.rows import InlineText
 from pipelines.synchronize import TIME_LIMIT_NS, Events, Int64s, WindowChunk, audio, sensor, subtitles, video
 from pipelines.synchronize.clocks import Clock
 from pipelines.synchronize.container import NoStream
-from pipelines.synchronize.merge import REASONS, Matches, align
+from pipelines.synchronize.merge import REASONS, align
 
 __all__ = ["Given", "Refused", "Stream", "arrays", "frames", "layout", "matched", "sounds", "texts"]
+
+AHEAD = 16
+"""Windows that are looked at before the first of them is given; so many frames are held where windows lie in others."""
 
 
 class Refused(NamedTuple):
@@ -71,7 +76,32 @@ def matched(
     events: Iterator[Events],
     value: "_Values",
 ) -> Iterator[Given]:
-    """What a stream of events has in each window."""
+    """What a stream of events has in each window, in their order.
+
+    Values are read in the order of the stream. Where the anchor of a long window stands after those of some that begin later,
+    theirs are read before and held, of AHEAD windows at the most; farther back the reader has to go again.
+    """
+    found = _found(file, field, clock, chunks, events)
+    ahead: deque[tuple[Given, _Match | None]] = deque()
+    while True:
+        ahead.extend(itertools.islice(found, AHEAD - len(ahead)))
+        if not ahead:
+            return
+        if (wanted := ahead[0][1]) is not None:
+            before = (
+                (match.first, at, match)
+                for at, (_, match) in enumerate(ahead)
+                if match is not None and match.first <= wanted.first
+            )
+            for _, at, match in sorted(before):
+                ahead[at] = ahead[at][0]._replace(value=_or_refused(value, file, match)), None
+        yield ahead.popleft()[0]
+
+
+def _found(
+    file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: list[WindowChunk], events: Iterator[Events]
+) -> Iterator[tuple[Given, "_Match | None"]]:
+    """What is known of each window before values are read, and what its value is to be made of, if there is one."""
     stream = Stream(events, clock)
     policy = field["policy"]
     # Readings that hold are over by then.
@@ -87,21 +117,20 @@ def matched(
         asked = chunk.end_ns if policy in ("window", "overlap") else chunk.anchor_ns
         for row in range(len(asked)):
             if stream.error is not None and (matches is None or asked[row] > stream.read_to_ns):
-                yield Given(Refused(stream.error, file.source))
+                yield Given(Refused(stream.error, file.source)), None
             elif matches is None or not stream.has_stream:
-                yield Given(Missing("no_stream"))
+                yield Given(Missing("no_stream")), None
             elif reason := int(matches.reason[row]):
-                yield Given(Missing(REASONS[reason]))
+                yield Given(Missing(REASONS[reason])), None
             else:
-                found = _or_refused(value, file, chunk, matches, row)
-                covered = int(matches.overlap_ns[row]) if policy == "overlap" else None
-                yield Given(found, int(matches.residual_ns[row]), covered)
+                first, last, weight, residual, _, overlap = (column[row].item() for column in matches)
+                match = _Match(int(chunk.begin_ns[row]), int(chunk.end_ns[row]), first, last, weight, overlap)
+                yield Given(None, residual, overlap if policy == "overlap" else None), match
 
 
-def _or_refused(value: "_Values", file: FileValue, chunk: WindowChunk, matches: Matches, row: int) -> Value:
-    first, last, weight, _, _, covered = (column[row].item() for column in matches)
+def _or_refused(value: "_Values", file: FileValue, match: "_Match") -> Value:
     try:
-        return value(_Match(int(chunk.begin_ns[row]), int(chunk.end_ns[row]), first, last, weight, covered))
+        return value(match)
     except DecodeError as error:
         return Refused(error, file.source)
 
@@ -121,8 +150,8 @@ _Values = Callable[[_Match], Value]
 """A value, or DecodeError."""
 
 
-def frames(file: FileValue, begin: video.Start | None) -> _Values:
-    found_in = video.Frames(file, begin)
+def frames(file: FileValue) -> _Values:
+    found_in = video.Frames(file)
 
     def value(match: _Match) -> Value:
         found = found_in.get(match.first)
