@@ -13,6 +13,9 @@ Shards are cut in the files' order, so a worker reads the row groups of one stre
 columns: a row group is read again for each further shard that it reaches into, up to that shard's last row. A worker keeps the
 shard's values on its disk while they are fetched; in memory are one page of each column and a batch of rows of about 16 MB, or
 one row where that is larger.
+
+Values of a page that is broken, or does not come, are rejected, and so are those after it in their column of the row group.
+Where columns of no values cannot be read that is an error: nobody knows then which samples these are.
 """
 
 import json
@@ -24,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurestore.errors import InputError
+from featurestore.errors import DecodeError, InputError
 from featurestore.files import MAX_VALUE_BYTES, filesystem, too_large
 from featurestore.row_order import BY_SOURCE
 from pipelines.sources import SampleRef, Source, Value, parquet_rows
@@ -34,15 +37,17 @@ from pipelines.sources.parquet_rows import (
     Meanings,
     Spool,
     batches,
+    by_group,
     content,
     holds_bytes,
     is_binary,
     is_text,
     parquet_file,
+    parquet_values,
     row_bytes,
     rows,
 )
-from pipelines.sources.rows import Row, RowSource, inline
+from pipelines.sources.rows import Row, RowSource, Spoiled, inline
 
 
 def open_source(corpus: dict[str, Any]) -> Source:
@@ -87,10 +92,12 @@ class _Opened(NamedTuple):
 
     def whole(self, group: int) -> list[str]:
         """What a worker reads."""
-        cells = {
-            each for name in self.cells.values() for each in ([f"{name}.bytes"] if self.is_struct(name) else [name])
-        }
-        return [*self.plain, *sorted(cells), *self._paths()]
+        return [*self.plain, *sorted({each for name in self.cells.values() for each in self.of(name)})]
+
+    def of(self, name: str) -> list[str]:
+        """What a worker reads of a column of values."""
+        path = [f"{name}.path"] if self.has_paths(name) else []
+        return [f"{name}.bytes", *path] if self.is_struct(name) else [name]
 
     def planned(self, group: int) -> list[str]:
         """What planning reads."""
@@ -127,7 +134,7 @@ class Parquet(RowSource):
         for uri in expand(self.paths):
             with parquet_file(uri) as file:
                 opened = self._opened(uri, file)
-                for batch in batches(file, uri, opened.planned, None):
+                for batch in batches(file, opened.planned, None):
                     for row in self._rows(opened, batch, None):
                         yield self._with_texts(row)
 
@@ -137,15 +144,12 @@ class Parquet(RowSource):
         found: dict[tuple[str, int], tuple[Row, int, int]] = {}
         for uri in sorted({reference.uri for reference in references}):
             wanted = [reference.offset for reference in references if reference.uri == uri]
-            with parquet_file(uri) as file:
-                opened = self._opened(uri, file)
-                for batch in batches(file, uri, opened.whole, wanted):
-                    for row in self._rows(opened, batch, spool):
-                        found[uri, row.offset] = (
-                            row._replace(columns={}, content=b""),
-                            spool.add(row.content),
-                            len(row.content),
-                        )
+            for row in self._read(uri, wanted, spool):
+                found[uri, row.offset] = (
+                    row._replace(columns={}, content=b""),
+                    spool.add(row.content),
+                    len(row.content),
+                )
         for reference in references:
             place = reference.uri, reference.offset
             if place in found:
@@ -154,6 +158,39 @@ class Parquet(RowSource):
             else:
                 # The file was longer: a row without an id says so.
                 yield Row({}, {}, b"", *place, 0, self.place(reference))
+
+    def _read(self, uri: str, wanted: list[int], spool: Spool) -> Iterator[Row]:
+        """Some rows of a file, in its order; and again, with all that can be read, where that is not everything."""
+        try:
+            with parquet_file(uri) as file:
+                opened = self._opened(uri, file)
+                for batch in batches(file, opened.whole, wanted):
+                    yield from self._rows(opened, batch, spool)
+            return
+        except InputError:
+            pass
+        with parquet_file(uri) as file:
+            opened = self._opened(uri, file)
+            cells = {name: self._column(opened, name, wanted, spool) for name in {*opened.cells.values()}}
+            for batch in batches(file, lambda _: opened.plain, wanted):
+                for number, columns in zip(batch.numbers, rows(batch, opened.plain, self._meanings), strict=True):
+                    values = {name: cells[column][number] for name, column in opened.cells.items()}
+                    where = parquet_rows.place(uri, number)
+                    yield Row(columns, values, content(columns), uri, number, 0, where)
+
+    def _column(self, opened: _Opened, name: str, wanted: list[int], spool: Spool) -> dict[int, Value | None]:
+        """A column's values by the numbers of their rows; what cannot be read costs those of a row group that come after it."""
+        source, found = posixpath.basename(opened.uri), dict[int, Value | None]()
+        for numbers in by_group(opened.file, wanted):
+            try:
+                with parquet_values(opened.uri, source) as file:
+                    for batch in batches(file, lambda _: opened.of(name), numbers, most_rows=1):
+                        paths = self._paths(opened, batch, name)
+                        found |= zip(batch.numbers, self._cells(opened, batch, name, paths, spool), strict=True)
+            except DecodeError as error:
+                spoiled = Spoiled(error.reason, error.detail, source)
+                found |= {number: spoiled for number in numbers if number not in found}
+        return found
 
     def place(self, reference: SampleRef) -> str:
         """The file and the row, counted from 1."""

@@ -4,6 +4,7 @@ Only the columns that are asked for are read, and only row groups that hold a ro
 column, decompressed, and a batch of about `BATCH_BYTES`.
 """
 
+import io
 import json
 import os
 import tempfile
@@ -16,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurestore.errors import InputError, StoreError
+from featurestore.errors import DecodeError, InputError, StoreError
 from featurestore.times import TIMESTAMPS
-from pipelines.sources.files import opened
+from pipelines.sources.files import FileValue, opened
 from pipelines.sources.rows import Record
 
 __all__ = [
@@ -27,9 +28,11 @@ __all__ = [
     "ParquetRows",
     "Spool",
     "batches",
+    "by_group",
     "content",
     "holds_bytes",
     "parquet_file",
+    "parquet_values",
     "plain_columns",
     "row_bytes",
     "rows",
@@ -129,7 +132,7 @@ class ParquetRows:
                         f"{uri}: column {name!r} is {file.schema_arrow.field(name).type}; a manifest's fields are texts or "
                         "paths: say `type: parquet` in corpus.source, which reads values out of columns"
                     )
-            for batch in batches(file, uri, lambda _: names, wanted):
+            for batch in batches(file, lambda _: names, wanted):
                 for number, columns in zip(batch.numbers, rows(batch, names, self._meanings), strict=True):
                     yield Record(columns, content(columns), number, 0, place(uri, number))
 
@@ -137,15 +140,34 @@ class ParquetRows:
 @contextmanager
 def parquet_file(uri: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file, open. What goes wrong with it, at once or while it is read, is an InputError that names it."""
-    with opened(uri, "Parquet file") as source:
-        try:
-            with pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
-                yield file
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{uri}: no Parquet file, or one that is cut off or broken: {' '.join(str(error).split())[:300]}; write it "
-                "again, or leave it out of corpus.source.path"
-            ) from error
+
+    def told(why: str) -> InputError:
+        return InputError(
+            f"{uri}: no Parquet file, or one that is cut off or broken: {why}; write it again, or leave it out of "
+            "corpus.source.path"
+        )
+
+    with opened(uri, "Parquet file") as raw, _opened(raw, told) as file:
+        yield file
+
+
+@contextmanager
+def parquet_values(uri: str, source: str) -> Iterator[pq.ParquetFile]:
+    """The same, to read values of it: what goes wrong is a DecodeError, `unreadable` or `decode_error`."""
+    with (
+        FileValue(uri, source).open() as raw,
+        _opened(raw, lambda why: DecodeError("decode_error", f"{source}: {why}")) as file,
+    ):
+        yield file
+
+
+@contextmanager
+def _opened(raw: io.BufferedReader, told: Callable[[str], Exception]) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(raw, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise told(" ".join(str(error).split())[:300]) from error
 
 
 def plain_columns(file: pq.ParquetFile, uri: str, meanings: Meanings) -> list[str]:
@@ -162,31 +184,41 @@ def plain_columns(file: pq.ParquetFile, uri: str, meanings: Meanings) -> list[st
     return [name for name in schema.names if not holds_bytes(schema.field(name).type)]
 
 
+def by_group(file: pq.ParquetFile, wanted: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of rows, ascending, of one row group after the other."""
+    numbers, first = np.unique(np.array(wanted, np.int64)), 0
+    for group in range(file.num_row_groups):
+        end = first + file.metadata.row_group(group).num_rows
+        if len(here := numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)]):
+            yield here.tolist()
+        first = end
+
+
 def batches(
-    file: pq.ParquetFile, uri: str, columns: Callable[[int], list[str]], wanted: Sequence[int] | None
+    file: pq.ParquetFile, columns: Callable[[int], list[str]], wanted: Sequence[int] | None, most_rows: int = BATCH_ROWS
 ) -> Iterator[Batch]:
     """All rows, or those of some numbers, in the file's order.
 
     Args:
         file: an open file.
-        uri: what it is called.
         columns: of a row group, those to read: top-level columns, or `column.child` of a struct.
         wanted: numbers of rows, from 0, in any order; None: all.
+        most_rows: in a batch.
     """
     numbers, first = None if wanted is None else np.unique(np.array(wanted, np.int64)), 0
     for group in range(file.num_row_groups):
         end = first + file.metadata.row_group(group).num_rows
         here = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, end)] if numbers is not None else None
         if here is None or len(here):
-            yield from _of_group(file, uri, columns(group), (group, first, end), here)
+            yield from _of_group(file, columns(group), (group, first, end), here, most_rows)
         first = end
 
 
 def _of_group(
-    file: pq.ParquetFile, uri: str, columns: list[str], span: tuple[int, int, int], wanted: np.ndarray | None
+    file: pq.ParquetFile, columns: list[str], span: tuple[int, int, int], wanted: np.ndarray | None, most_rows: int
 ) -> Iterator[Batch]:
     group, begin, end = span
-    batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, row_bytes(file, group))))
+    batch_rows = max(1, min(most_rows, BATCH_BYTES // max(1, row_bytes(file, group))))
     for batch in file.iter_batches(batch_rows, [group], columns):
         after = begin + len(batch)
         if wanted is None:
@@ -199,7 +231,7 @@ def _of_group(
                 return
         begin = after
     if begin != end:
-        raise InputError(f"{uri}: row group {group} has another number of rows than the file says; write it again")
+        raise pa.ArrowInvalid(f"row group {group} has another number of rows than the file says")
 
 
 def _takeable(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -7,7 +7,7 @@ members a second where this reads 150,000 (members of 100 bytes, one core).
 
 import io
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import NamedTuple
 
 from featurestore.errors import DecodeError, InputError
@@ -23,6 +23,8 @@ MAX_AT_ONCE = 4 << 20
 """Samples up to this size are fetched whole, with those that stand beside them; of a larger one the first MiB."""
 
 _MIN_WINDOW, _MAX_WINDOW, _MAX_AHEAD = 64 << 10, 16 << 20, 1 << 20
+_SHRINK = 16
+"""So much smaller the next window is where one cannot be read: each has been tried several times."""
 _ZEROS = bytes(BLOCK)
 _GZIP = b"\x1f\x8b"
 _FILES = b"\0" + b"07"
@@ -65,7 +67,8 @@ class Tar(AbstractContextManager["Tar"]):
     On a disk it is read where a header stands. From elsewhere windows of it are read, from 64 KiB to 16 MiB: they grow while
     the next header is nearer than a window and shrink where it is not, so that small members are streamed over and large ones
     are left out. (Over http with 30 ms to the first byte and 100 MB/s, samples a second by windows and by ranges of single
-    headers: of 100 KB 511 and 6, of 2 MB 28 and 5, of 20 MB 21 and 4.)
+    headers: of 100 KB 511 and 6, of 2 MB 28 and 5, of 20 MB 21 and 4.) Where a window cannot be read, smaller ones are, down to
+    the header alone: what does not come may be data, which is rejected where it is fetched.
     """
 
     def __init__(self, uri: str, known: tuple[int, str] | None = None) -> None:
@@ -74,7 +77,7 @@ class Tar(AbstractContextManager["Tar"]):
         if known is None:
             raise InputError(f"tar {uri} is not there; correct corpus.source.path")
         self.uri, (self.size, self.change) = uri, known
-        self._window, self._at, self._step = b"", 0, _MIN_WINDOW
+        self._window, self._at, self._step, self._alone_to = b"", 0, _MIN_WINDOW, 0
         self._on_disk = "file" in filesystem(uri)[0].protocol
         self._file: io.BufferedReader | None = None
 
@@ -83,7 +86,7 @@ class Tar(AbstractContextManager["Tar"]):
             self._file.close()
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some of its bytes, fewer where it ends. Raises InputError where it cannot be read."""
+        """Some of its bytes, fewer where it ends. Raises InputError where they cannot be read."""
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
@@ -99,10 +102,14 @@ class Tar(AbstractContextManager["Tar"]):
         return self._window[begin : begin + size]
 
     def begin(self, offset: int, size: int) -> None:
-        """Fetches the bytes of samples side by side, of more than MAX_AT_ONCE the first MiB, where they are not on a disk."""
+        """Fetches the bytes of samples side by side, of more than MAX_AT_ONCE the first MiB, where they are not on a disk.
+
+        What cannot be fetched so may be in parts.
+        """
         if not self._on_disk:
             self._step = size if size <= MAX_AT_ONCE else _MAX_AHEAD
-            self._fetch(offset, self._step)
+            with suppress(InputError):
+                self._fetch(offset, self._step)
 
     def held(self, offset: int, size: int) -> bytes | None:
         """Bytes that have come already, from elsewhere than a disk; None where they have not."""
@@ -111,16 +118,26 @@ class Tar(AbstractContextManager["Tar"]):
         return self._window[begin : begin + size] if whole else None
 
     def _next_window(self, offset: int, size: int) -> None:
-        near = 0 <= offset - self._at - len(self._window) < self._step
-        self._step = min(self._step * 2, _MAX_WINDOW) if near else max(self._step // 2, _MIN_WINDOW)
-        self._fetch(offset, max(self._step, size))
+        if offset >= self._alone_to:
+            near = 0 <= offset - self._at - len(self._window) < self._step
+            self._step = min(self._step * 2, _MAX_WINDOW) if near else max(self._step // 2, _MIN_WINDOW)
+        while offset >= self._alone_to and self._step > size:
+            try:
+                return self._fetch(offset, self._step)
+            except InputError:
+                if self._step == _MIN_WINDOW:
+                    self._alone_to = offset + _MIN_WINDOW
+                self._step = max(self._step // _SHRINK, _MIN_WINDOW)
+        return self._fetch(offset, size)
 
     def _fetch(self, offset: int, size: int) -> None:
         size = min(size, self.size - offset)
         try:
             self._window, self._at = Part(self.uri, offset, size, "", self.uri).fetch(), offset
         except DecodeError as error:
-            raise InputError(f"tar {self.uri} cannot be read: {error.detail}; run it again") from None
+            raise InputError(
+                f"tar {self.uri} cannot be read: {error.detail}, at byte {offset}: so what is in it is not known; run it again"
+            ) from None
 
 
 def members(tar: Tar, start: int = 0, end: int | None = None) -> Iterator[Member]:

@@ -16,7 +16,8 @@ without `.tar`: `00017/0042`. The key stays a column, `__key__`. Tars that are a
 Planning reads headers and `json` members. Tars are anybody's: a link, a pipe or a device is no value (`no_file`), and is
 followed nowhere; two members of one name are none (`ambiguous`), nor is a column's list or object a text (`not_text`). Of a
 tar that is cut off comes in what is whole: the value that the cut went through is rejected as `truncated`, and so is what its
-sample lacks; `remarks()` tells of it.
+sample lacks; `remarks()` tells of it. A value that its server does not give is rejected as `unreadable`. Where it does not give
+headers or a `json` member, in planning or later, that is an error: nobody knows then which samples there are, or what they are.
 
 Shards are cut in the tars' order, so that a worker reads one stretch of them. With `adopt: true` each tar is a shard as it is,
 however large, and must be as adopted.py says.

@@ -24,7 +24,7 @@ class Events(NamedTuple):
     Args:
         start_ns: when an event begins. What is called an event's time is this.
         end_ns: when it is over, at the earliest at its start. A point event, a reading of a sensor, ends where it starts.
-        index: which one it is to the reader that gave it, ascending: the number of a frame, of a cue, of a row.
+        index: which one it is to the reader that gave it, ascending: the number of a cue, of a row; of a frame its own time.
     """
 
     start_ns: Int64s

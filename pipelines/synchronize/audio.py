@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from featurestore import media
 from featurestore.errors import DecodeError
 from pipelines.sources.files import FileValue
-from pipelines.synchronize import Events
+from pipelines.synchronize import TIME_LIMIT_NS, Events
 from pipelines.synchronize.container import CHUNK, NoStream, nanoseconds, opened
 
 __all__ = ["Clip", "Clips", "events", "loudness"]
@@ -88,6 +88,7 @@ class Clips:
 
     def __init__(self, file: FileValue, begin_ns: int | None = None) -> None:
         self._file, self._pieces = file, _pieces(file, begin_ns)
+        self._begin_ns = -TIME_LIMIT_NS if begin_ns is None else begin_ns
         self._held: deque[_Piece] = deque()
         self._rate, self._shape = 0, (0, 0)
         self._ended = self._started = False
@@ -102,6 +103,8 @@ class Clips:
             A clip; or the error that keeps it from being decoded; or the reason why there is none: `no_stream`,
             `not_started`, `stream_ended` or `no_event`.
         """
+        assert begin_ns >= self._begin_ns, "what is before it may be gone"
+        self._begin_ns = begin_ns
         while self._held and self._held[0].end_ns <= begin_ns:
             self._held.popleft()
         while not self._ended and (not self._held or self._held[-1].end_ns < end_ns):

@@ -1,25 +1,23 @@
 """One recording: its streams on one clock, its windows, and the value of each stream in each window.
 
 Nothing of a stream is held but what the windows in hand need: its times are merged with the windows in one pass, and its
-values are read beside that in another. A stream that is measured against another one is read once more before, and so is that.
+values are read beside that in another; where long windows hold many short ones, in some more. A stream that is measured
+against another one is read once more before, and so is that.
 
 A stream that breaks off with an error is good up to there: of later windows its value is that error.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featurestore.errors import DecodeError, InputError
 from pipelines.sources import Missing, Value
 from pipelines.sources.files import FileValue
-from pipelines.sources.rows import InlineText
 from pipelines.synchronize import (
     TIME_LIMIT_NS,
     Events,
-    Int64s,
     WindowChunk,
     audio,
     container,
@@ -30,7 +28,7 @@ from pipelines.synchronize import (
 from pipelines.synchronize.clock_store import Measured
 from pipelines.synchronize.clocks import STEP_NS, Clock, Envelope, Estimate, Weak, estimate, grid
 from pipelines.synchronize.container import NoStream
-from pipelines.synchronize.merge import REASONS, Matches, align
+from pipelines.synchronize.values import Given, Refused, Stream, arrays, frames, layout, matched, sounds, texts
 from pipelines.synchronize.windows import every, per_event
 
 __all__ = ["MAX_WINDOWS", "Recording", "Window"]
@@ -62,27 +60,6 @@ class Window(NamedTuple):
     values: dict[str, Value | Missing | None]
     residual_ns: dict[str, int | None]
     covered_ns: dict[str, int | None]
-
-
-class _Refused(NamedTuple):
-    """A value that cannot be given."""
-
-    error: DecodeError
-    source: str
-
-    def stat(self) -> tuple[int, str]:
-        return 0, ""
-
-    def fetch(self) -> bytes:
-        raise self.error
-
-
-class _Given(NamedTuple):
-    """What a field has in a window; the residual and what is covered, as Window has them."""
-
-    value: Value | Missing | None
-    residual_ns: int | None = None
-    covered_ns: int | None = None
 
 
 class Recording:
@@ -181,7 +158,7 @@ class Recording:
 
     def _whole(self, name: str) -> Iterator[Events]:
         """A stream's events on the recording's clock, as far as they can be read."""
-        stream = _Stream(self._events(name), self._clock(name))
+        stream = Stream(self._events(name), self._clock(name))
         yield from stream
         self._note(stream.error)
 
@@ -211,7 +188,7 @@ class Recording:
             return audio.events(file)
         if field["modality"] == "text":
             return _of_cues(file)
-        return sensor.events(file, _layout(field))
+        return sensor.events(file, layout(field))
 
     def read(self, numbers: Sequence[int]) -> Iterator[Window]:
         """Some windows, by their numbers from 0, which must ascend, with their values.
@@ -237,27 +214,28 @@ class Recording:
                     {name: each.covered_ns for name, each in found.items()},
                 )  # fmt: skip
 
-    def _given(self, name: str, chunks: list[WindowChunk]) -> Iterator[_Given]:
+    def _given(self, name: str, chunks: list[WindowChunk]) -> Iterator[Given]:
         """What a field has in each window, in their order."""
         file, field = self._files[name], self._fields[name]
         if file is None:
-            return iter([_Given(None)] * sum(len(chunk.begin_ns) for chunk in chunks))
+            return iter([Given(None)] * sum(len(chunk.begin_ns) for chunk in chunks))
         clock = self._measured(name) if field["clock"]["estimate"] is not None else self._clock(name)
         windows = (window for chunk in chunks for window in zip(*(column.tolist() for column in chunk), strict=True))
         if not isinstance(clock, Clock):
-            value = Missing("no_clock") if isinstance(clock, Weak) else _Refused(clock, file.source)
-            return (_Given(value) for _ in windows)
+            value = Missing("no_clock") if isinstance(clock, Weak) else Refused(clock, file.source)
+            return (Given(value) for _ in windows)
         if field["modality"] == "audio":
-            return _sounds(file, field, clock, chunks)
+            return sounds(file, field, clock, chunks)
         if field["modality"] == "image":
-            begin = _begin(file, clock, chunks)
-            return _matched(file, field, clock, chunks, video.events(file, begin), _frames(file, begin))
+            # A nanosecond that a clock rounds, and one that its inverse does.
+            begin = video.start(file, int(clock.to_stream(chunks[0].begin_ns[:1])[0]) - 2)
+            return matched(file, field, clock, chunks, video.events(file, begin), frames(file))
         if field["modality"] == "text":
-            return _matched(file, field, clock, chunks, self._events(name), _texts(file, field, clock))
+            return matched(file, field, clock, chunks, self._events(name), texts(file, field, clock))
         events = self._events(name)
         if field["policy"] == "overlap":
             events = sensor.held(events, field["staleness"])
-        return _matched(file, field, clock, chunks, events, _arrays(file, field, clock))
+        return matched(file, field, clock, chunks, events, arrays(file, field, clock))
 
     def measure(self) -> None:
         """Measures every clock that is to be: decodes those streams, and the ones they are measured against, whole."""
@@ -311,10 +289,6 @@ class Recording:
 _MEDIA: dict[str, container.Kind] = {"image": "video", "audio": "audio"}
 
 
-def _layout(field: Mapping[str, Any]) -> sensor.Layout:
-    return sensor.Layout(field["time"], field["clock"]["unit"], tuple(field["channels"] or ()))
-
-
 def _of_cues(file: FileValue) -> Iterator[Events]:
     yield from subtitles.events(subtitles.cues(file))
 
@@ -324,7 +298,7 @@ def _strength(file: FileValue, field: Mapping[str, Any]) -> Iterator[Any]:
         return video.brightness(file)
     if field["modality"] == "audio":
         return audio.loudness(file, STEP_NS)
-    return sensor.magnitude(file, _layout(field))
+    return sensor.magnitude(file, layout(field))
 
 
 def _chosen(windows: Iterable[WindowChunk], numbers: Sequence[int]) -> Iterator[WindowChunk]:
@@ -338,172 +312,3 @@ def _chosen(windows: Iterable[WindowChunk], numbers: Sequence[int]) -> Iterator[
         done += size
         if not len(wanted) or done > wanted[-1]:
             return
-
-
-class _Stream:
-    """Events on the recording's clock, up to where they can be read.
-
-    `error` is what ended them before their end, `read_to_ns` the time of the last before it.
-    """
-
-    def __init__(self, events: Iterable[Events], clock: Clock) -> None:
-        self._events, self._clock = events, clock
-        self.error: DecodeError | None = None
-        self.has_stream = True
-        self.read_to_ns = -TIME_LIMIT_NS
-
-    def __iter__(self) -> Iterator[Events]:
-        try:
-            for start, end, index in self._events:
-                yield Events(self._clock.to_reference(start), self._clock.to_reference(end), index)
-                if len(start):
-                    self.read_to_ns = int(self._clock.to_reference(start[-1:])[0])
-        except DecodeError as error:
-            self.error = error
-        except NoStream:
-            self.has_stream = False
-
-
-def _begin(file: FileValue, clock: Clock, chunks: list[WindowChunk]) -> video.Start | None:
-    """Where to begin with a video for some windows: no policy of frames asks for more than the last before the first."""
-    try:
-        # A nanosecond that a clock rounds, and one that its inverse does.
-        return video.start(file, int(clock.to_stream(chunks[0].begin_ns[:1])[0]) - 2) if chunks else None
-    except (DecodeError, NoStream):
-        # Told where the stream is read.
-        return None
-
-
-def _matched(
-    file: FileValue,
-    field: Mapping[str, Any],
-    clock: Clock,
-    chunks: list[WindowChunk],
-    events: Iterator[Events],
-    value: "_Values",
-) -> Iterator[_Given]:
-    """What a stream of events has in each window."""
-    stream = _Stream(events, clock)
-    policy = field["policy"]
-    # Readings that hold are over by then.
-    staleness = None if field["modality"] == "sensor" and policy == "overlap" else field["staleness"]
-    merged = align(iter(chunks), iter(stream), policy, field["tolerance"], staleness)
-    for chunk in chunks:
-        matches = None
-        try:
-            matches = next(merged, None)
-        except InputError as error:
-            # Of times that a file can hold and no recording has.
-            stream.error = DecodeError("decode_error", f"{file.source}: {error}")
-        asked = chunk.end_ns if policy in ("window", "overlap") else chunk.anchor_ns
-        for row in range(len(asked)):
-            if stream.error is not None and (matches is None or asked[row] > stream.read_to_ns):
-                yield _Given(_Refused(stream.error, file.source))
-            elif matches is None or not stream.has_stream:
-                yield _Given(Missing("no_stream"))
-            elif reason := int(matches.reason[row]):
-                yield _Given(Missing(REASONS[reason]))
-            else:
-                found = _or_refused(value, file, chunk, matches, row)
-                covered = int(matches.overlap_ns[row]) if policy == "overlap" else None
-                yield _Given(found, int(matches.residual_ns[row]), covered)
-
-
-def _or_refused(value: "_Values", file: FileValue, chunk: WindowChunk, matches: Matches, row: int) -> Value:
-    first, last, weight, _, _, covered = (column[row].item() for column in matches)
-    try:
-        return value(_Match(int(chunk.begin_ns[row]), int(chunk.end_ns[row]), first, last, weight, covered))
-    except DecodeError as error:
-        return _Refused(error, file.source)
-
-
-class _Match(NamedTuple):
-    """What is matched in a window of [begin, end) ns, as Matches has it."""
-
-    begin: int
-    end: int
-    first: int
-    last: int
-    weight: float
-    overlap_ns: int
-
-
-_Values = Callable[[_Match], Value]
-"""A value, or DecodeError."""
-
-
-def _frames(file: FileValue, begin: video.Start | None) -> _Values:
-    frames = video.Frames(file, begin)
-
-    def value(match: _Match) -> Value:
-        found = frames.get(match.first)
-        if isinstance(found, DecodeError):
-            raise found
-        return found
-
-    return value
-
-
-def _texts(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
-    cues: list[subtitles.Cue] = []
-
-    def value(match: _Match) -> Value:
-        cues.extend(() if cues else subtitles.cues(file))
-        matched = cues[match.first : match.last + 1]
-        if field["policy"] == "overlap":
-            times = clock.to_reference(np.array([cue[:2] for cue in matched], np.int64))
-            inside = (times[:, 1] > match.begin) | (times[:, 0] >= match.begin)
-            matched = [cue for cue, is_inside in zip(matched, inside, strict=True) if is_inside]
-        for cue in matched:
-            if cue.wrong is not None:
-                raise cue.wrong
-        return InlineText("\n".join(cue.text for cue in matched), file.source)
-
-    return value
-
-
-def _arrays(file: FileValue, field: Mapping[str, Any], clock: Clock) -> _Values:
-    rows = sensor.Rows(file, _layout(field), timed=field["policy"] == "overlap")
-
-    def value(match: _Match) -> Value:
-        times, found = rows.get(match.first, match.last)
-        if field["policy"] == "linear":
-            found = (found[:1] + match.weight * (found[-1:] - found[:1])) if match.weight else found[:1]
-        elif field["policy"] == "overlap":
-            until = clock.to_reference(sensor.hold(times[:-1], times[1:], field["staleness"]))
-            found = _mean(match, clock.to_reference(times[:-1]), until, found)
-        return sensor.Array(found, file.source)
-
-    return value
-
-
-def _mean(match: _Match, start: Int64s, until: Int64s, readings: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean [1, channels] of readings, each weighted by how long it holds in the window; of a moment alone the last."""
-    weights = np.maximum(np.minimum(until, match.end) - np.maximum(start, match.begin), 0)
-    # How long the last holds is what the others leave of what all do: the next is not read.
-    weights = np.append(weights, match.overlap_ns - weights.sum())
-    if not match.overlap_ns:
-        return readings[-1:]
-    counted = weights > 0
-    return (weights[counted] / match.overlap_ns @ readings[counted])[None]
-
-
-def _sounds(file: FileValue, field: Mapping[str, Any], clock: Clock, chunks: list[WindowChunk]) -> Iterator[_Given]:
-    """The clip of each window."""
-    clips = audio.Clips(file, int(clock.to_stream(chunks[0].begin_ns[:1])[0]) if chunks else None)
-    for chunk in chunks:
-        starts, ends = (clock.to_stream(times).tolist() for times in (chunk.begin_ns, chunk.end_ns))
-        bounds = zip(chunk.begin_ns.tolist(), chunk.end_ns.tolist(), starts, ends, strict=True)
-        for begin, end, own_begin, own_end in bounds:
-            found, first_ns = clips.get(own_begin, own_end)
-            late_ns = int(clock.to_reference(np.array([first_ns]))[0]) - begin
-            if isinstance(found, DecodeError):
-                yield _Given(_Refused(found, file.source))
-            elif isinstance(found, str):
-                yield _Given(Missing(found))
-            elif field["tolerance"] is not None and late_ns > field["tolerance"]:
-                yield _Given(Missing("out_of_tolerance"))
-            else:
-                length_ns = len(found.samples) * 10**9 // found.rate
-                until = int(clock.to_reference(np.array([first_ns + length_ns]))[0])
-                yield _Given(found, late_ns, min(until, end) - begin - late_ns)

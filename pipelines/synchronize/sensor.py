@@ -265,7 +265,8 @@ class Array(NamedTuple):
 
 
 class Rows:
-    """Rows by their index, read in one pass: the first of each range must not go back. Times are read where they are asked for.
+    """Rows by their index, in one pass as long as the first of each range stands in the blocks in hand, or after them; else in
+    another. Times are read where they are asked for.
 
     Of a Parquet file the row groups before the first range are passed over; a CSV's rows must be counted.
     """
@@ -278,6 +279,9 @@ class Rows:
 
     def get(self, first: int, last: int) -> Readings:
         """Rows `first` to `last`. Raises DecodeError as `readings`."""
+        if first < (self._held[0][0] if self._held else self._beyond):
+            self._blocks, self._beyond = None, 0
+            self._held.clear()
         while self._held and self._held[0][1] <= first:
             self._held.popleft()
         while self._beyond <= last:
@@ -288,7 +292,9 @@ class Rows:
                 if isinstance(block, DecodeError):
                     raise block
                 parts.append([column[max(0, first - start) : last + 1 - start] for column in block])
-        return Readings(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        found = Readings(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        assert len(found.values) == last + 1 - first
+        return found
 
     def _read(self, first: int) -> None:
         if self._blocks is None:

@@ -5,6 +5,10 @@ between them or without counters. Cues are sorted by their starts; of equal star
 cue whose times cannot be right is an event all the same, so that what it says is quarantined and not lost: one that ends
 before it starts stands at its start, one with no times to read at the start of the cue above it.
 
+A line with an arrow, `-->`, has a cue's times where it has two of them. One that has not is a cue whose times cannot be read
+where a cue's times would stand: below a blank line or a counter, of a WebVTT anywhere in a block without a cue that is no
+note; anywhere else it is said.
+
 A counter is a number directly above a cue's times that stands below a blank line or first in the file; any other is said. In a
 file without a blank line between its cues, whose first has a counter, each is one.
 """
@@ -27,6 +31,8 @@ MAX_BYTES = 16 << 20
 
 _TIME = r"(-?)(?:(\d{1,4}):)?(-?\d{1,4}):(\d{1,2})(?:[,.](\d{1,9}))?"
 _TIMING = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(?:\s.*)?$")
+_NO_CUE = re.compile(r"(WEBVTT|NOTE|STYLE|REGION)(\s|$)")
+"""How blocks of a WebVTT begin that are no cues."""
 
 
 class Cue(NamedTuple):
@@ -53,18 +59,43 @@ def cues(file: FileValue) -> list[Cue]:
     except UnicodeDecodeError as error:
         raise DecodeError("invalid_utf8", f"{file.source}: byte {error.start}; save it as UTF-8") from None
     lines = re.split(r"\r\n|\r|\n", text)
-    timings = [number for number, line in enumerate(lines) if "-->" in line]
+    web = text.startswith("WEBVTT")
+    arrows = [number for number, line in enumerate(lines) if "-->" in line]
+    close = bool(arrows) and _is_close(lines[: arrows[-1]], arrows[0])
+    timings = _timings(lines, web, close)
     if not timings and text.strip().removeprefix("WEBVTT").strip():
         raise DecodeError("unsupported_format", f"{file.source}: no cue of an SRT or WebVTT file in it")
-    web = text.startswith("WEBVTT")
-    close = bool(timings) and _is_close(lines[: timings[-1]], timings[0])
     found: list[Cue] = []
     for number, following in itertools.pairwise([*timings, len(lines)]):
         said = _said(lines[number + 1 : following], web, last=following == len(lines), close=close)
-        if said:
+        if said or not _TIMING.match(lines[number]):
             before = found[-1].start_ns if found else 0
             found.append(_cue(lines[number], said, f"{file.source}, line {number + 1}", before))
     return sorted(found, key=lambda cue: cue.start_ns)
+
+
+def _timings(lines: list[str], web: bool, close: bool) -> list[int]:
+    """Numbers of the lines of times, of those too that cannot be read."""
+    found: list[int] = []
+    block = 0
+    for number, line in enumerate(lines):
+        if not line.strip():
+            block = number + 1
+        elif _TIMING.match(line) or (
+            "-->" in line
+            and not (web and _NO_CUE.match(lines[block]))
+            and (not found or (found[-1] < block if web else _is_headed(lines, number, found[-1], close)))
+        ):
+            found.append(number)
+    return found
+
+
+def _is_headed(lines: list[str], number: int, above: int, close: bool) -> bool:
+    """Whether a line stands where a cue's times would, in line `above` at the earliest of those of the cue before."""
+    head = lines[number - 1].strip()
+    if not head.isdigit():
+        return not head
+    return not lines[number - 2].strip() or (close and number - 2 > above)
 
 
 def _is_close(lines: list[str], first: int) -> bool:

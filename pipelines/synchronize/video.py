@@ -4,8 +4,8 @@ Times are those of the packets, so that a frame that cannot be decoded has one t
 time, and not the time until the next. (An AVI has none, and FFmpeg makes them up in the order of decoding: of H.264 with
 B-frames in one, frames are told as not to be decoded that FFmpeg shows at a wrong time.)
 
-Who needs no frame before some time need not read from the beginning: `start` finds a key frame to begin at, and indices count
-from there.
+A frame is told by its time, so that it is the same one from wherever the file is read: who needs none before some time begins
+at a key frame, which `start` finds.
 """
 
 import heapq
@@ -24,8 +24,8 @@ from PIL import Image
 from featurestore.errors import DecodeError
 from featurestore.video import pixels
 from pipelines.sources.files import FileValue
-from pipelines.synchronize import Events
-from pipelines.synchronize.container import CHUNK, nanoseconds, opened, told
+from pipelines.synchronize import TIME_LIMIT_NS, Events
+from pipelines.synchronize.container import CHUNK, NoStream, nanoseconds, opened, told
 
 __all__ = ["Frame", "Frames", "Start", "brightness", "events", "start"]
 
@@ -50,13 +50,16 @@ def start(file: FileValue, time_ns: int) -> Start | None:
     """Where to begin for the frames from a time of the stream on, and the last before it; None: from the beginning.
 
     That is so where a container has no list of its key frames, to be trusted and to be sought in: only MP4, QuickTime, Matroska
-    and WebM have. Raises as `events`.
+    and WebM have. And where it cannot be read, which is told where it is.
     """
-    with opened(file, "video") as (container, stream):
-        if not container.format.name.startswith(("mov,", "matroska")):
-            return None
-        last, is_whole = _key_frame(container, stream, _ticks(time_ns, stream.time_base))
-        return last if last is None or is_whole else _key_frame(container, stream, last.pts - 1)[0]
+    try:
+        with opened(file, "video") as (container, stream):
+            if not container.format.name.startswith(("mov,", "matroska")):
+                return None
+            last, is_whole = _key_frame(container, stream, _ticks(time_ns, stream.time_base))
+            return last if last is None or is_whole else _key_frame(container, stream, last.pts - 1)[0]
+    except (DecodeError, NoStream):
+        return None
 
 
 def _ticks(time_ns: int, base: Fraction) -> int:
@@ -111,20 +114,20 @@ def _opened(file: FileValue, begin: Start | None) -> Iterator[tuple[Any, Any]]:
 
 
 def events(file: FileValue, begin: Start | None = None) -> Iterator[Events]:
-    """The frames as moments, in chunks; `index` counts them in the order of their times. Decodes nothing.
+    """The frames as moments, in chunks; `index` is their time, for which `Frames` has them. Decodes nothing.
 
     Raises:
         NoStream, DecodeError: as `container.opened`.
     """
     with _opened(file, begin) as (container, stream):
-        order, base, number = _Order(begin), stream.time_base, 0
+        order, base = _Order(begin), stream.time_base
         chunk: list[int] = []
         for packet in container.demux(stream):
             chunk += order.push(packet) if packet.size else order.rest()
             while len(chunk) >= CHUNK or (chunk and not packet.size):
                 times = np.array([nanoseconds(pts, base) for pts in chunk[:CHUNK]], np.int64)
-                yield Events(times, times, np.arange(number, number + len(times), dtype=np.int64))
-                number, chunk = number + len(times), chunk[CHUNK:]
+                yield Events(times, times, times)
+                chunk = chunk[CHUNK:]
 
 
 class _Order:
@@ -179,37 +182,54 @@ class Frame(NamedTuple):
 
 
 class Frames:
-    """The frames of a video by their index, read in one pass: indices must ascend, or repeat."""
+    """The frames of a video by their times in its own ns, as `events` has them.
 
-    def __init__(self, file: FileValue, begin: Start | None = None) -> None:
-        self._file, self._found = file, _frames(file, begin)
-        self._last: tuple[int, Any] = (-1, None)
-        self._made: Frame | DecodeError | None = None
+    In one pass as long as the times ascend, or repeat; to go back the file is opened again, at a key frame where that can be.
+    """
 
-    def get(self, index: int) -> Frame | DecodeError:
-        """A frame, or why it cannot be decoded."""
-        if index == self._last[0] and self._made is not None:
-            return self._made
+    def __init__(self, file: FileValue) -> None:
+        self._file = file
+        self._found: Iterator[tuple[int, Any]] = iter(())
+        self._read_to = -TIME_LIMIT_NS
+        self._frame: Any = None
+        """The last that was read, None where it cannot be decoded, or what ended the reading."""
+        self._made: tuple[int, Frame | DecodeError] | None = None
+
+    def get(self, time_ns: int) -> Frame | DecodeError:
+        """The frame of exactly this time, or why it cannot be decoded."""
+        if self._made is None or time_ns < self._made[0]:
+            self._found = _frames(self._file, start(self._file, time_ns))
+            self._read_to, self._frame = -TIME_LIMIT_NS, None
+        if self._made is None or time_ns != self._made[0]:
+            self._made = time_ns, self._read(time_ns)
+        return self._made[1]
+
+    def _read(self, time_ns: int) -> Frame | DecodeError:
         try:
-            while self._last[0] < index:
-                self._last = next(self._found, (index, None))
-            frame = self._last[1]
-            if frame is None:
-                raise DecodeError("decode_error", f"{self._file.source}: frame {index} cannot be decoded")
-            with told(self._file.source):
-                self._made = Frame(pixels(frame), self._file.source)
+            while self._read_to < time_ns:
+                self._read_to, self._frame = next(self._found, (TIME_LIMIT_NS, None))
         except DecodeError as error:
-            self._last, self._made = (index, None), error
-        return self._made
+            # So all that comes after is lost.
+            self._read_to, self._frame = TIME_LIMIT_NS, error
+        if isinstance(self._frame, DecodeError):
+            return self._frame
+        if self._read_to != time_ns or self._frame is None:
+            what = f"the frame at {time_ns / 1e9:.6f} s cannot be decoded"
+            return DecodeError("decode_error", f"{self._file.source}: {what}")
+        try:
+            with told(self._file.source):
+                return Frame(pixels(self._frame), self._file.source)
+        except DecodeError as error:
+            return error
 
 
 def _frames(file: FileValue, begin: Start | None = None) -> Iterator[tuple[int, Any]]:
-    """(index, frame, or None where it cannot be decoded) of every frame, as `events` counts them.
+    """(time in ns, frame, or None where it cannot be decoded) of every frame that `events` has.
 
     A frame that is lost or damaged spoils those that are decoded after it, up to the next key frame: they may be built on it.
     """
     with _opened(file, begin) as (container, stream):
-        order, decoding, number = _Order(begin), _Decoding(begin), 0
+        order, decoding, base = _Order(begin), _Decoding(begin), stream.time_base
         waiting: deque[int] = deque()
         for packet in container.demux(stream):
             waiting.extend(order.push(packet) if packet.size else order.rest())
@@ -218,9 +238,7 @@ def _frames(file: FileValue, begin: Start | None = None) -> Iterator[tuple[int, 
                 found, frame = decoding.pop(waiting[0], len(waiting) > MAX_REORDER)
                 if not found:
                     break
-                waiting.popleft()
-                yield number, frame
-                number += 1
+                yield nanoseconds(waiting.popleft(), base), frame
 
 
 class _Decoding:
@@ -277,13 +295,11 @@ class _Decoding:
 
 def brightness(file: FileValue) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Chunks of (time in ns int64 [N], mean brightness 0 to 255 float32 [N]) of the frames that can be decoded."""
-    with opened(file, "video") as (_, stream):
-        base = stream.time_base
     times: list[int] = []
     values: list[float] = []
-    for _, frame in _frames(file):
+    for time_ns, frame in _frames(file):
         if frame is not None:
-            times.append(nanoseconds(frame.pts, base))
+            times.append(time_ns)
             values.append(float(pixels(frame, "gray").mean()))
         if len(times) >= CHUNK:
             yield np.array(times, np.int64), np.array(values, np.float32)

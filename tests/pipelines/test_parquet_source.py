@@ -300,16 +300,6 @@ def test_a_file_that_is_cut_off_is_told(tmp_path: Path, cut: int) -> None:
         list(source_of(path).references())
 
 
-def test_a_page_that_is_broken_is_told_where_it_is_read(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.parquet", image=[bytes([n]) * 1000 for n in range(100)])
-    raw, begin = path.read_bytes(), pq.ParquetFile(path).metadata.row_group(0).column(1).dictionary_page_offset
-    source = source_of(path)
-    path.write_bytes(raw[:begin] + b"\xff" * 300 + raw[begin + 300 :])
-    references = list(source.references())
-    with pytest.raises(InputError, match=rf"{path}: no Parquet file, or one that is cut off or broken: "):
-        list(source.samples(references))
-
-
 class Quiet(SimpleHTTPRequestHandler):
     """Knows ranges, as object stores and web servers do."""
 

@@ -1,7 +1,6 @@
 """Readers of timed streams: the times and the values of files that this writes, and of damaged ones."""
 
 import io
-import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pipelines.sources.files import FileValue
 from pipelines.synchronize import audio, container, sensor, subtitles, video
 from pipelines.synchronize.container import NoStream, nanoseconds
 from tests import recordings
+from tests.pipelines.test_subtitles import SRT
 from tests.recordings import FPS, RATE, SECOND, frame_number, frame_times, sensor_csv
 
 
@@ -33,7 +33,7 @@ def value(path: Path) -> FileValue:
 def times(events: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     chunks = list(events)
     starts, ends, index = (np.concatenate([chunk[part] for chunk in chunks]) for part in range(3))
-    assert np.array_equal(index, np.arange(len(index)))
+    assert np.array_equal(index, starts) or np.array_equal(index, np.arange(len(index)))
     return starts, ends
 
 
@@ -61,12 +61,15 @@ def test_frames_have_their_presentation_times_and_pictures(
     rounding = 0 if name.endswith("mp4") else 500_000
     assert np.abs(starts - np.rint(ticks * SECOND / 30_000)).max() <= rounding
     frames = video.Frames(file)
-    for index in (0, 1, 1, 17, len(ticks) - 1):
-        frame = frames.get(index)
+    for index in (0, 1, 1, 17, len(ticks) - 1, 16, 40, 2, 3):
+        frame = frames.get(int(starts[index]))
         assert not isinstance(frame, DecodeError)
         png = frame.fetch()
         assert frame_number(png) == index
         assert decode_image(png).size == (32, 32)
+    for none in (starts[0] - 1, starts[17] + 1, starts[-1] + 1):
+        with pytest.raises(DecodeError, match=rf"^decode_error: {name}: the frame at {none / 1e9:.6f} s cannot"):
+            raise frames.get(int(none))  # type: ignore[misc]
     header = container.header(file, "video")
     assert header.span_ns is not None
     assert abs(header.span_ns[0] - starts[0]) <= rounding
@@ -86,14 +89,20 @@ def test_a_damaged_packet_spoils_the_frames_that_need_it_and_no_other(
     path.write_bytes(raw)
     frames = video.Frames(value(path))
     starts, _ = times(video.events(value(path)))
-    found = [frames.get(index) for index in range(len(starts))]
+    found = [frames.get(time) for time in starts.tolist()]
     bad = [index for index, frame in enumerate(found) if isinstance(frame, DecodeError)]
     assert bad == list(range(40, bad[-1] + 1)), "up to the next key frame"
     assert bad[-1] <= 52
     assert all(
         frame_number(frame.fetch()) == index for index, frame in enumerate(found) if not isinstance(frame, DecodeError)
     )
-    with pytest.raises(DecodeError, match=rf"^decode_error: {name}: frame 40 cannot be decoded"):
+    for frame, time in zip(reversed(found), reversed(starts.tolist()), strict=True):
+        again = frames.get(time)
+        assert isinstance(again, DecodeError) == isinstance(frame, DecodeError)
+        assert isinstance(again, DecodeError) or again.fetch() == frame.fetch()  # type: ignore[union-attr]
+    with pytest.raises(
+        DecodeError, match=rf"^decode_error: {name}: the frame at {starts[40] / 1e9:.6f} s cannot be decoded"
+    ):
         raise found[40]  # type: ignore[misc]
 
 
@@ -221,119 +230,6 @@ def test_times_that_a_container_rounds_lose_no_sample(tmp_path: Path) -> None:
     assert np.array_equal(clip.samples[:, 0], samples)
 
 
-SRT = """1
-00:00:01,000 --> 00:00:02,500
-Hello <b>there</b>
-
-2
-00:00:02,000 --> 00:00:03,000
-overlaps
-on two lines
-
-3
-00:00:00,500 --> 00:00:00,900
-stands last, comes first
-"""
-EXPECTED = [
-    (500_000_000, 900_000_000, "stands last, comes first"),
-    (1_000_000_000, 2_500_000_000, "Hello <b>there</b>"),
-    (2_000_000_000, 3_000_000_000, "overlaps\non two lines"),
-]
-
-
-def cues_of(tmp_path: Path, content: bytes) -> list[subtitles.Cue]:
-    (tmp_path / "s.srt").write_bytes(content)
-    return subtitles.cues(value(tmp_path / "s.srt"))
-
-
-VTT = "WEBVTT\n\nNOTE a note\n\n" + "\n\n".join(
-    [
-        "STYLE\n::cue { color: red }",
-        "intro\n00:01.000 --> 00:02.500 align:start\nHello <b>there</b>",
-        "00:00:02.000 --> 00:00:03.000\noverlaps\non two lines",
-        "NOTE\nnot said",
-        "00:00.500 --> 00:00.900\nstands last, comes first",
-    ]
-)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        SRT.encode(), b"\xef\xbb\xbf" + SRT.encode(), SRT.replace("\n", "\r\n").encode(), SRT.replace("\n", "\r").encode(),
-        SRT.encode("utf-16"), SRT.replace("\n\n", "\n").encode(), re.sub(r"(?m)^\d\n", "", SRT).encode(),
-        re.sub(r"(?<=:\d\d),", ".", SRT).encode(), VTT.encode(), VTT.replace("\n", "\r\n").encode(),
-    ],
-    ids=["srt", "bom", "crlf", "cr", "utf-16", "no blank lines", "no counters", "points", "vtt", "vtt crlf"],
-)  # fmt: skip
-def test_cues_are_read_as_people_write_them(tmp_path: Path, content: bytes) -> None:
-    found = cues_of(tmp_path, content)
-    assert [cue[:3] for cue in found] == EXPECTED
-    starts, ends = times(subtitles.events(found))
-    assert [*zip(starts.tolist(), ends.tolist(), strict=True)] == [cue[:2] for cue in EXPECTED]
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{0}\nhello\n\n{1}\n1984\n\n{2}\nbye\n", ["hello", "1984", "bye"]),
-        ("1\n{0}\nThe year is\n1984\n\n2\n{1}\n42\n\n3\n{2}\n7", ["The year is\n1984", "42", "7"]),
-        ("{0}\n1984\n{1}\n1985\n{2}\n1986\n", ["1984", "1985", "1986"]),
-        ("1\n{0}\nhello\n1984\n2\n{1}\n42\n3\n{2}\nbye\n", ["hello\n1984", "42", "bye"]),
-        ("\n\n1\n{0}\n1\n\n2\n\n2\n{1}\n2\n\n\n3\n{2}\n3", ["1\n2", "2", "3"]),
-        ("WEBVTT\n\n{0}\n1984\n\n2\n{1}\n42\n\n{2}\n7\n", ["1984", "42", "7"]),
-    ],
-)
-def test_a_number_that_is_said_is_no_counter(tmp_path: Path, content: str, said: list[str]) -> None:
-    spans = [f"00:00:0{at}.000 --> 00:00:0{at}.900" for at in (1, 2, 3)]
-    assert [cue.text for cue in cues_of(tmp_path, content.format(*spans).encode())] == said
-
-
-@given(
-    st.lists(st.lists(st.sampled_from(["7", "1984", "so be it", "-"]), min_size=1, max_size=3), min_size=1, max_size=5),
-    st.booleans(),
-    st.booleans(),
-)
-def test_every_cue_that_is_written_is_read(
-    tmp_path_factory: pytest.TempPathFactory, said: list[list[str]], counted: bool, web: bool
-) -> None:
-    blocks = [
-        "\n".join([*([f"{number}"] if counted else []), f"00:00:{number:02}.000 --> 00:00:{number:02}.900", *lines])
-        for number, lines in enumerate(said, 1)
-    ]
-    content = ("WEBVTT\n\n" if web else "") + "\n\n".join(blocks)
-    found = cues_of(tmp_path_factory.mktemp("said"), content.encode())
-    assert [cue.text for cue in found] == ["\n".join(lines) for lines in said]
-
-
-def test_cues_of_impossible_times_are_kept_with_what_is_wrong(tmp_path: Path) -> None:
-    content = SRT + "\n4\n00:00:05,000 --> 00:00:04,000\nbackwards\n\n5\n00:00:0x --> never\nno times\n"
-    content += "\n6\n-00:00:01,250 --> 00:00:00,250\nbefore the start\n\n7\n00:00:09,000 --> 00:00:09,500\n\n"
-    found = cues_of(tmp_path, content.encode())
-    assert [cue[:3] for cue in found if cue.wrong is None] == [
-        (-1_250_000_000, 250_000_000, "before the start"), *EXPECTED,
-    ]  # fmt: skip
-    told = {cue.text: (cue.start_ns, cue.end_ns, str(cue.wrong)) for cue in found if cue.wrong is not None}
-    assert told["backwards"][:2] == (5 * SECOND, 5 * SECOND)
-    assert told["backwards"][2] == "decode_error: s.srt, line 15: the cue ends before it starts; text: 'backwards'"
-    assert told["no times"][:2] == (5 * SECOND, 5 * SECOND)
-    assert "line 19: '00:00:0x --> never' has no times of a cue; text: 'no times'" in told["no times"][2]
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"\x00\x01\x02", r"^unsupported_format: s\.srt: no cue"),
-        (b"00:00 --> \xff\xfe", r"^invalid_utf8: s\.srt: byte 10; save it as UTF-8"),
-        (b"x" * ((16 << 20) + 1), r"^too_large: s\.srt: more than 16777216 bytes"),
-    ],
-)
-def test_what_is_no_subtitle_file_is_told(tmp_path: Path, content: bytes, told: str) -> None:
-    with pytest.raises(DecodeError, match=told):
-        cues_of(tmp_path, content)
-    assert cues_of(tmp_path, b"") == []
-
-
 LAYOUT = sensor.Layout("time", "s")
 TIMES = 1_700_000_000 + np.arange(0, 3, 0.001)
 VALUES = np.stack([np.sin(TIMES % 100), np.arange(len(TIMES))], axis=1)
@@ -457,7 +353,7 @@ def test_bytes_that_nobody_vouches_for_end_in_an_error_or_in_events(
         if kind == "v.mp4":
             starts, _ = times(video.events(file)) if (chunks := list(video.events(file))) else (np.zeros(0), 0)
             frames = video.Frames(file)
-            shown = [frames.get(index) for index in range(len(starts))]
+            shown = [frames.get(time) for time in starts.tolist()]
             assert sum(len(chunk.start_ns) for chunk in chunks) == len(shown)
         elif kind == "s.mkv":
             found, _ = audio.Clips(file).get(0, 3 * SECOND)
