@@ -107,12 +107,13 @@ class RowSource(ABC):
         self.paths: list[str] = corpus["source"]["path"]
         self.fields: dict[str, dict[str, Any]] = corpus["fields"]
         self._names: dict[str, str] = {key: column for key, column in corpus["columns"].items() if column}
-        self._taken = {*self._names.values(), *used}
+        fields = {*used}
+        self._taken = {*self._names.values(), *fields}
         own = {*RESERVED, *self.fields}
         self._reserved = own - self._taken
         # Who groups by albums may want to learn them, or search in one: a group's column is kept beside `group`.
         renamed = {column for key, column in self._names.items() if key != "group"}
-        self._left_out = {*renamed, *used, *(own & self._taken)}
+        self._left_out = {*renamed, *fields, *(own & self._taken)}
         self._numbered = self.numbers_rows and self._names["id"] == ROW
         self._top = _top(self.paths) if self._numbered else []
         self._columns: set[str] = {ROW} if self._numbered else set()

@@ -96,7 +96,7 @@ SOURCES = {
     "values.parquet": "type: parquet",
     "rows.tar": "type: webdataset",
     "albums": "type: folder",
-    "cues.jsonl": "type: streams, windows: {per: title}",
+    "cues.jsonl": "type: streams, windows: {per: words}",
 }
 
 
@@ -130,7 +130,7 @@ def test_a_source_tells_which_columns_the_corpus_will_have_and_groups_are_kept_a
     tmp_path: Path, name: str
 ) -> None:
     put_rows(tmp_path / name)
-    names = PLAIN | ({"group": "folder", "column": "'{id}.txt'"} if name == "albums" else {})
+    names = PLAIN | {"field": "words"} | ({"group": "folder", "column": "'{id}.txt'"} if name == "albums" else {})
     text = SPEC.format(folder=tmp_path, **names).replace("manifest.jsonl", name)
     text = text.replace("type: manifest", SOURCES[name])
     if name != "albums":
@@ -142,6 +142,7 @@ def test_a_source_tells_which_columns_the_corpus_will_have_and_groups_are_kept_a
     corpus = FeatureStore(spec.store).corpus("texts")
     table = corpus.to_arrow()
     assert source.kept() == {*fuse.columns(table, corpus)}
+    assert ("title" in source.kept()) == (name == "rows.tar"), "a column that is read as a field is none"
     assert table[names["group"]].to_pylist() == table["group"].to_pylist()
     assert len({*table["group"].to_pylist()}) == 5
 

@@ -350,7 +350,7 @@ def test_prices_are_read_from_a_spec_or_a_file(small: Made, tmp_path: Path) -> N
         ("a: 1\ncpu: -1", r"line 2: cpu: -1 is wrong: write a number from 0"),
         ("cpu: .nan", r"line 1: cpu: NaN is wrong: write a number from 0"),
         ("cpu: true", r"line 1: cpu: true is wrong: write a number from 0"),
-        ("NVIDIA L4: 1", r"line 1: NVIDIA L4: 'NVIDIA L4' is not a name; allowed: small letters"),
+        ("NVIDIA L4: 1", r"line 1: 'NVIDIA L4': 'NVIDIA L4' is not a name; allowed: small letters"),
         ("cpu: [", r"p\.yaml: line \d: .*not YAML"),
         ("[1]", "no mapping of keys"),
     ],
