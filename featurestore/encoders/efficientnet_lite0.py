@@ -18,6 +18,7 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders import BaseEncoder, EncoderOptions, package_file
+from featurestore.encoders.image_processors import SCALED_DECODING
 from featurestore.encoders.runtime import placed, stacked, to_device, to_host
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Encoder(BaseEncoder):
             "side": SIDE,
             "fit": "whole image, centred on white",
             "filter": "bicubic",
+            "jpeg_side": SCALED_DECODING * SIDE,
             "mean": MEAN,
             "scale": SCALE,
             "pooling": "mean",
@@ -68,8 +70,7 @@ class Encoder(BaseEncoder):
 
     def decode(self, raw: bytes) -> NDArray[np.uint8]:
         """Decode, scale to fit the square and centre on white."""
-        # A JPEG is decoded at no less than twice the side, so that the bicubic filter still has what it needs.
-        return self.prepare(media.decode_image(raw, smallest_side=2 * SIDE))
+        return self.prepare(media.decode_image(raw, smallest_side=SCALED_DECODING * SIDE))
 
     def prepare(self, image: "Image.Image") -> NDArray[np.uint8]:
         """Scale to fit the square and centre on white."""

@@ -1,7 +1,7 @@
 """Images through any vision checkpoint of transformers' `AutoModel`: ResNet, EfficientNet, ViT, DINO and others.
 
-Preprocessing is the checkpoint's own processor with Pillow behind it. What it would resize is decoded at no less than twice
-that size (`media.decode_image`), so a JPEG is not decoded at full size only to be made small.
+Preprocessing is the checkpoint's own processor with Pillow behind it. What it would resize is decoded at no less than six
+times that size (`image_processors.SCALED_DECODING`), so a large JPEG is not decoded at full size only to be made small.
 
 A checkpoint is tried when it is loaded: one whose vectors are random, as those of a masked autoencoder (`vit_mae`) are, which
 hides other patches at each call, is refused.

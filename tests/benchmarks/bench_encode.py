@@ -195,9 +195,9 @@ def _each(function: Callable[[bytes], Any], raws: list[bytes]) -> None:
 
 
 def _drafted(raw: bytes, side: int, filter: Image.Resampling, gap: float | None) -> Image.Image:
-    """Pillow's `draft` is libjpeg-turbo's scaled decoding, no smaller than twice the side, as the encoders want it."""
+    """Pillow's `draft` is libjpeg-turbo's scaled decoding, no smaller than six times the side, as the encoders want it."""
     image = Image.open(io.BytesIO(raw))
-    image.draft("RGB", (2 * side, 2 * side))
+    image.draft("RGB", (6 * side, 6 * side))
     return image.convert("RGB").resize((side, side), filter, reducing_gap=gap)
 
 

@@ -149,6 +149,13 @@ def test_a_jpeg_shrinks_no_further_than_asked() -> None:
     assert media.decode_image(photograph).size == (512, 512)
 
 
+def test_a_jpeg_shrinks_to_whole_pixels_alone() -> None:
+    photograph = encoded(Image.new("RGB", (1028, 1032)), "JPEG")
+    assert media.decode_image(photograph, smallest_side=100).size == (257, 258)
+    photograph = encoded(Image.new("RGB", (1027, 1032)), "JPEG")
+    assert media.decode_image(photograph, smallest_side=100).size == (1027, 1032)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_half_an_image_is_an_error(kind: str) -> None:
     raw = encoded(noise(), kind)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from featurestore import encoders
+from featurestore import encoders, media
 from featurestore.errors import InputError
 from tests.checkpoints import SIDE, TINY, checkpoint, drawn
 
@@ -51,12 +52,47 @@ def test_vectors_are_those_of_transformers(kind: str) -> None:
     np.testing.assert_allclose(encoder.encode([encoder.decode(raw)])[0], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_jpeg_decoded_small_is_the_same_picture(kind: str) -> None:
-    raw = photograph((1600, 1200), "JPEG")
-    ours, (pixels, _) = found(kind).decode(raw), theirs(kind, raw)
-    std = np.array(AutoImageProcessor.from_pretrained(checkpoint(kind), backend="pil").image_std).reshape(3, 1, 1)
-    assert np.abs((ours - pixels[0].numpy()) * std).mean() <= 2 / 255
+def drawing(kind: str, width: int, height: int) -> np.ndarray:
+    """uint8 [H, W, 3]: what a photograph is like, noise, or blocks of a few pixels as those of letters."""
+    random = np.random.default_rng(0)
+    if kind == "photograph":
+        return np.asarray(Image.open(io.BytesIO(photograph((width, height), "BMP"))))
+    if kind == "noise":
+        return random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    block, colours = (int(kind.partition(" ")[2]), 3 if kind.startswith("coloured") else 1)
+    cells = random.integers(0, 2, (-(-height // block), -(-width // block), colours), dtype=np.uint8) * 255
+    return np.kron(cells, np.ones((block, block, 3 // colours), np.uint8))[:height, :width]
+
+
+@pytest.fixture(
+    params=["CLIPImageProcessorPil", "ViTImageProcessorPil", "ConvNextImageProcessorPil", "SiglipImageProcessorPil"]
+)
+def real_size(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """A processor as of the hub: 224 pixels, bicubic or bilinear, cropped or not."""
+    folder = Path(shutil.copytree(checkpoint("vit"), tmp_path / "vit"))
+    getattr(transformers, request.param)().save_pretrained(folder)
+    return encoders.find("hf-image", {"checkpoint": str(folder)})
+
+
+@pytest.mark.parametrize("kind", ["photograph", "noise", "black 3", "black 6", "black 10", "coloured 6"])
+def test_a_jpeg_decoded_small_is_the_same_picture(kind: str, real_size: Any) -> None:
+    # The smallest that is decoded at half its size: of larger ones more is left.
+    side = 2 * real_size.processor.decode_side
+    buffer = io.BytesIO()
+    Image.fromarray(drawing(kind, side * 5 // 4, side)).save(buffer, "JPEG", quality=90)
+    small = media.decode_image(buffer.getvalue(), smallest_side=real_size.processor.decode_side)
+    assert small.height == side // 2
+    std = np.array(real_size.processor.own["image_std"], np.float32).reshape(3, 1, 1)
+    whole = real_size.prepare(media.decode_image(buffer.getvalue()))
+    assert np.abs((real_size.decode(buffer.getvalue()) - whole) * std).mean() <= 2 / 255
+
+
+def test_the_nearest_pixel_is_that_of_the_whole_picture(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("vit"), tmp_path / "vit"))
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=0).save_pretrained(folder)
+    raw, encoder = photograph((1600, 1200), "JPEG"), encoders.find("hf-image", {"checkpoint": str(folder)})
+    own = AutoImageProcessor.from_pretrained(folder, backend="pil")(Image.open(io.BytesIO(raw)), return_tensors="np")
+    assert np.array_equal(encoder.decode(raw), own["pixel_values"][0])
 
 
 def test_patches_are_averaged_without_the_class_token() -> None:
