@@ -28,7 +28,9 @@ __all__ = ["UNITS", "Array", "Layout", "Readings", "Rows", "events", "held", "ho
 UNITS = {"ns": 0, "us": 3, "ms": 6, "s": 9}
 """Unit of a column of times -> the power of ten of nanoseconds that it is."""
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
+"""Of a CSV, and the most that a line may have. Arrow reads 32 blocks ahead, in each pass over a file."""
+
 BLOCK_ROWS = 1 << 16
 
 _NO_ROW = 1 << 62

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import soundfile
 
@@ -32,7 +33,7 @@ SECONDS, START_S = 600, 1.4
 OFFSET_S, DRIFT_PPM = 0.237, 40.0
 FLASH, BEEP_POWER, NOISE_DB = 140.0, 1 / 8, 6.0
 SEEDS = 10
-SHORT_MIN, LONG_MIN = 10, 120
+SHORT_MIN, LONG_MIN, VIDEO_FPS = 10, 120, 5
 
 
 def bars() -> list[Bar]:
@@ -172,13 +173,16 @@ def _read_all(minutes: int) -> dict[str, Any]:
                 csv.writelines(f"{second + at / 100},{at},{second},0.5\n" for at in range(100))
                 clock = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
                 srt.write(f"{second}\n{clock},100 --> {clock},900\nsaid {second}\n\n")
+        _plain_video(folder / "v.mp4", seconds)
         fields = {
+            "frame": {"modality": "image", "policy": "nearest"},
             "sound": {"modality": "audio", "policy": "window"},
             "words": {"modality": "text", "policy": "overlap"},
             "motion": {"modality": "sensor", "policy": "window", "time": "time", "channels": None},
         }
         clock_spec = {"unit": "s", "offset": 0, "drift": 0.0, "estimate": None}
-        files = {"sound": _file(folder / "s.wav"), "words": _file(folder / "s.srt"), "motion": _file(folder / "s.csv")}
+        names = {"frame": "v.mp4", "sound": "s.wav", "words": "s.srt", "motion": "s.csv"}
+        files = {field: _file(folder / name) for field, name in names.items()}
         recording = Recording(
             "bench", files,
             {key: {**field, "clock": clock_spec, "tolerance": None, "staleness": None} for key, field in fields.items()},
@@ -196,6 +200,18 @@ def _read_all(minutes: int) -> dict[str, Any]:
             "mb": bytes_ >> 20,
             "seconds": round(time.monotonic() - begun, 1),
         }
+
+
+def _plain_video(path: Path, seconds: int) -> None:
+    """128 x 96 at VIDEO_FPS: were one frame of each second held, 2 h of it would take 250 MB."""
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("mpeg4", rate=VIDEO_FPS, options={"g": "50"})
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        for number in range(seconds * VIDEO_FPS):
+            frame = av.VideoFrame.from_ndarray(np.full((144, 128), number % 256, np.uint8), "yuv420p")
+            frame.pts = number
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
 
 
 if __name__ == "__main__":
