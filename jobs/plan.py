@@ -112,15 +112,29 @@ def _path(spec: Spec) -> str:
 
 
 def _check_columns(spec: Spec, source: Source) -> None:
-    """InputError where the spec names what is nowhere in the source."""
-    columns = source.columns()
+    """InputError where the spec names what is nowhere in the source, or a label that the corpus will not have."""
+    columns, kept, nowhere = source.columns(), source.kept(), f"no sample of {_path(spec)} has it"
     named = {f"corpus.columns.{key}": column for key, column in spec.corpus.columns if column}
-    named |= {f"training_sets.{name}.label": each.label for name, each in spec.training_sets.items()}
     wrong = {place: column for place, column in named.items() if column not in columns}
     wrong |= {f"corpus.fields.{name}.from": given for name, given in source.unmatched().items()}
-    if wrong:
-        said = "; ".join(f"{place}: {given!r}" for place, given in wrong.items())
-        raise InputError(f"{said}: no sample of {_path(spec)} has it; columns: {', '.join(sorted(columns))}")
+    said = "; ".join(f"{place}: {given!r}" for place, given in wrong.items())
+    told = [f"{said}: {nowhere}; columns: {', '.join(sorted(columns))}"] if wrong else []
+    for name, label in ((name, each.label) for name, each in spec.training_sets.items() if each.label not in kept):
+        why = _stored_as(spec, label) or nowhere
+        told.append(f"training_sets.{name}.label: {label!r}: {why}; columns to learn: {', '.join(sorted(kept))}")
+    if told:
+        raise InputError("\n".join(told))
+
+
+def _stored_as(spec: Spec, column: str) -> str | None:
+    """What becomes of a column that the corpus does not keep under its own name, and what to write instead of it."""
+    for key, named in spec.corpus.columns:
+        if named == column and key != "group":
+            return f"corpus.columns names it as {key}, and so the corpus calls it: write label: {key}"
+    for field, about in spec.corpus.fields.items():
+        if column == field or column in ([about.from_] if isinstance(about.from_, str) else about.from_):
+            return f"it is read as field {field!r}, which is no column: name another one"
+    return None
 
 
 def view_plans(spec: Spec) -> list[encode_plan.ViewPlan]:

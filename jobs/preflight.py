@@ -320,6 +320,8 @@ class _Trial:
     def fuse(self, size: Size) -> Size:
         """A training set: the sample's rows are written as one of its splits."""
         chosen = self.spec.training_sets[size.name]
+        if chosen.label not in self.rows.column_names:  # a column that few samples have, and none of these
+            return size
         labels = self.rows[chosen.label].cast(pa.string()).to_pylist()
         kept = np.flatnonzero([label is not None for label in labels])
         if not len(kept):

@@ -74,10 +74,14 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
     return result(build.key, _place(storage, build, table, card))
 
 
+def columns(samples: pa.Table, corpus: Corpus) -> list[str]:
+    """Names of a corpus's columns that can be learned; of one that is not stored yet its source's `kept()` tells them."""
+    return [name for name in samples.column_names if name not in {"shard", "row", "etag", *corpus.fields}]
+
+
 def _labelled(samples: pa.Table, label: str, corpus: Corpus) -> pa.ChunkedArray:
-    columns = [name for name in samples.column_names if name not in {"shard", "row", "etag", *corpus.fields}]
-    if label not in columns:
-        raise InputError(f"corpus {corpus.name!r} has no column {label!r} to learn; it has: {', '.join(columns)}")
+    if label not in (there := columns(samples, corpus)):
+        raise InputError(f"corpus {corpus.name!r} has no column {label!r} to learn; it has: {', '.join(there)}")
     labelled = pc.is_valid(samples[label])
     if not pc.any(labelled).as_py():
         raise InputError(

@@ -94,6 +94,10 @@ class Source(Protocol):
         """Names of all columns of the samples that `references()` has read so far."""
         ...
 
+    def kept(self) -> set[str]:
+        """Names of the columns that the corpus has, of those samples: what a label and a search's condition may name."""
+        ...
+
     def unmatched(self) -> dict[str, str]:
         """Field -> what its `from` names, of the fields for which `references()` has found nothing so called."""
         ...

@@ -96,7 +96,7 @@ class RowSource(ABC):
 
     Args:
         corpus: the corpus part of a spec.
-        used: columns that are read as fields, and are not kept beside them.
+        used: columns that are read as fields, and are not kept beside them; nor are those of ids and times.
     """
 
     order = BY_ID
@@ -106,8 +106,13 @@ class RowSource(ABC):
         self.paths: list[str] = corpus["source"]["path"]
         self.fields: dict[str, dict[str, Any]] = corpus["fields"]
         self._names: dict[str, str] = {key: column for key, column in corpus["columns"].items() if column}
-        self._taken = {*self._names.values(), *used}
-        self._reserved = {*RESERVED, *self.fields} - self._taken
+        fields = {*used}
+        self._taken = {*self._names.values(), *fields}
+        own = {*RESERVED, *self.fields}
+        self._reserved = own - self._taken
+        # Who groups by albums may want to learn them, or search in one: a group's column is kept beside `group`.
+        renamed = {column for key, column in self._names.items() if key != "group"}
+        self._left_out = {*renamed, *fields, *(own & self._taken)}
         self._numbered = self.numbers_rows and self._names["id"] == ROW
         self._top = _top(self.paths) if self._numbered else []
         self._columns: set[str] = {ROW} if self._numbered else set()
@@ -128,6 +133,11 @@ class RowSource(ABC):
     def columns(self) -> set[str]:
         """Names of all columns of the rows that `references()` has read so far."""
         return self._columns
+
+    def kept(self) -> set[str]:
+        """Names of the columns that samples have of these rows."""
+        times = self._names.keys() & {*TIMESTAMPS}
+        return {"id", "group", *times, *(printable(name) for name in self._columns - self._left_out)}
 
     def unmatched(self) -> dict[str, str]:
         """Field -> its `from`, of the fields that no row read so far has a column or a value of."""
@@ -215,7 +225,7 @@ class RowSource(ABC):
                     f"{row.where}: found {sample_id!r} where planning saw {reference.id!r}: the source changed "
                     "while the job ran; run it again"
                 )
-            kept = {name: value for name, value in row.columns.items() if name not in self._taken}
+            kept = {name: value for name, value in row.columns.items() if name not in self._left_out}
             columns = {printable(name): printable(value) for name, value in kept.items()} | self._times(row)
             yield Sample(sample_id, group, reference.etag, columns, dict(row.values))
 

@@ -102,6 +102,10 @@ class StoredShards:
         """None that anything is checked against."""
         return set()
 
+    def kept(self) -> set[str]:
+        """None that anything is checked against."""
+        return set()
+
     def unmatched(self) -> dict[str, str]:
         """None."""
         return {}

@@ -171,6 +171,10 @@ class Streams:
         """Names of the manifest's columns, and of those that a window has."""
         return self._recordings.columns() | self._own_columns()
 
+    def kept(self) -> set[str]:
+        """What is kept of the manifest's columns, and a window's own."""
+        return self._recordings.kept() | self._own_columns()
+
     def _own_columns(self) -> set[str]:
         return {"begin_ns", "end_ns"}.union(*self._about.values())
 

@@ -1,11 +1,14 @@
 """What a spec says of a corpus, against what its source and the store hold: told before anything is written."""
 
+import csv
 import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -18,6 +21,9 @@ from jobs import plan
 from jobs import spec as specs
 from jobs.report import field_counts, rejected
 from jobs.run import Runner
+from pipelines import fuse
+from pipelines.sources import open_source
+from tests.pipelines.tars import tar_of
 
 SPEC = """
 version: 1
@@ -81,6 +87,100 @@ def test_a_column_that_no_line_has_is_told_before_anything_is_written(tmp_path: 
     with pytest.raises(InputError, match=rf"{where}: 'albmu': no sample of .* has it; columns: album, id, title"):
         run(tmp_path, **({"field": "words"} | {name: "albmu"}))
     assert not list((tmp_path / "store").rglob("*.tar"))
+
+
+SOURCES = {
+    "rows.jsonl": "type: manifest",
+    "rows.csv": "type: manifest",
+    "rows.parquet": "type: manifest",
+    "values.parquet": "type: parquet",
+    "rows.tar": "type: webdataset",
+    "albums": "type: folder",
+    "cues.jsonl": "type: streams, windows: {per: words}",
+}
+
+
+def put_rows(path: Path) -> None:
+    """Samples as a source of this name has them."""
+    rows = rows_of(6, kind="sea", added="2026-01-01")
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".tar":
+        columns = [(f"{row['id']}.json", json.dumps(row).encode()) for row in rows]
+        titles = [(f"{row['id']}.title", row["title"].encode()) for row in rows]
+        path.write_bytes(tar_of([member for pair in zip(columns, titles, strict=True) for member in pair]))
+    elif path.name == "albums":
+        for row in rows:
+            (path / row["album"]).mkdir(parents=True, exist_ok=True)
+            (path / row["album"] / f"{row['id']}.txt").write_text(row["title"])
+    else:
+        if path.name == "cues.jsonl":
+            path.with_name("cues.srt").write_text("1\n00:00:00,000 --> 00:00:03,000\nfirst\n")
+            rows = [row | {"title": "cues.srt"} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_tells_which_columns_the_corpus_will_have_and_groups_are_kept_as_they_are(
+    tmp_path: Path, name: str
+) -> None:
+    put_rows(tmp_path / name)
+    names = PLAIN | {"field": "words"} | ({"group": "folder", "column": "'{id}.txt'"} if name == "albums" else {})
+    text = SPEC.format(folder=tmp_path, **names).replace("manifest.jsonl", name)
+    text = text.replace("type: manifest", SOURCES[name])
+    if name != "albums":
+        text = text.replace("group: album}", "group: album, event_timestamp: added}")
+    spec = specs.parse(text, "spec")
+    source = open_source(plan.corpus_dict(spec))
+    assert len(list(source.references())) == 6
+    Runner(spec, Console(quiet=True)).run(("shard",))
+    corpus = FeatureStore(spec.store).corpus("texts")
+    table = corpus.to_arrow()
+    assert source.kept() == {*fuse.columns(table, corpus)}
+    assert ("title" in source.kept()) == (name == "rows.tar"), "a column that is read as a field is none"
+    assert table[names["group"]].to_pylist() == table["group"].to_pylist()
+    assert len({*table["group"].to_pylist()}) == 5
+
+
+LEARNING = """
+views:
+  title: {{field: title, encoder: minilm-l6}}
+training_sets:
+  some: {{views: [title], label: {label}, splits: {{train: 1.0}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [
+        (
+            "added",
+            "corpus.columns names it as event_timestamp, and so the corpus calls it: write label: event_timestamp",
+        ),
+        ("title", "it is read as field 'title', which is no column: name another one"),
+        ("words", "it is read as field 'title', which is no column: name another one"),
+        ("kidn", r"no sample of .*manifest\.jsonl has it"),
+        *((good, None) for good in ("album", "group", "id", "kind", "event_timestamp")),
+    ],
+)
+def test_a_label_that_the_corpus_will_not_have_is_told_before_anything_runs(
+    tmp_path: Path, label: str, told: str | None
+) -> None:
+    write(tmp_path, [row | {"words": row.pop("title")} for row in rows_of(kind="sea", added="2026-01-01")])
+    text = SPEC.format(folder=tmp_path, **(PLAIN | {"column": "words"})) + LEARNING.format(label=label)
+    spec = specs.parse(text.replace("group: album}", "group: album, event_timestamp: added}"), "spec")
+    snapshot = plan.open_catalog(spec.store)
+    if told is None:
+        assert plan.ingest(spec, snapshot).samples == 12
+        return
+    columns = "columns to learn: album, event_timestamp, group, id, kind"
+    with pytest.raises(InputError, match=rf"^training_sets\.some\.label: '{label}': {told}; {columns}$"):
+        plan.ingest(spec, snapshot)
 
 
 @pytest.mark.parametrize(

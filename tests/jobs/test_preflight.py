@@ -96,6 +96,21 @@ def test_what_a_sample_says_is_within_a_quarter_of_what_the_run_measures(planned
             assert f"{card['factory']} of {card['dim']} dimensions" in planned.said
 
 
+def test_a_label_that_none_of_the_sample_has_is_not_measured(small: Made, tmp_path: Path) -> None:
+    made = small.copy_to(tmp_path / "copy")
+    manifest = made.corpus / "manifest.jsonl"
+    rows = sorted(map(json.loads, manifest.read_text().splitlines()), key=lambda row: hash64(row["id"]))
+    rows[-1]["rare"] = "x"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = anew(made, tmp_path, ("[short], label: label", "[short], label: rare"))
+    said_of(spec, SAMPLE)
+    heard, other = (forecast.read(load(spec).store, "fuse", name) for name in ("heard", "other"))
+    assert heard is not None
+    assert other is not None
+    assert "written_bytes" in heard["predicted"]
+    assert "written_bytes" not in other["predicted"]
+
+
 def test_what_a_training_set_takes_is_within_a_quarter_of_what_one_took(planned: Planned, small: Made) -> None:
     for name in ("heard", "other"):
         kept = forecast.read(planned.store.storage, "fuse", name)

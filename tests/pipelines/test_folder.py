@@ -159,6 +159,7 @@ def test_columns_are_the_id_its_folder_and_its_name(tmp_path: Path) -> None:
     source = source_of(tmp_path)
     samples = {sample.id: sample for sample in source.samples(source.references())}
     assert source.columns() == {"id", "folder", "name"}
+    assert source.kept() == {"id", "group", "folder", "name"}
     assert samples["a/b/c"].columns == {"folder": "a/b", "name": "c"}
     assert samples["top"].columns == {"folder": None, "name": "top"}
     grouped = source_of(tmp_path, group="folder")
@@ -167,6 +168,9 @@ def test_columns_are_the_id_its_folder_and_its_name(tmp_path: Path) -> None:
         ("a/b/d", "a/b"),
         ("top", "top"),
     ]
+    samples = {sample.id: sample for sample in grouped.samples(grouped.references())}
+    assert samples["a/b/c"].columns == {"folder": "a/b", "name": "c"}, "as it is, where it is the group too"
+    assert samples["top"].columns["folder"] is None
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:

@@ -27,6 +27,29 @@ def test_a_label_column_without_a_value_is_named(small: Made, tmp_path: Path) ->
         Runner(load(made.spec), Console(quiet=True)).run(("shard", "encode", "fuse"))
 
 
+def test_what_samples_are_grouped_by_can_be_learned_by_either_name(small: Made, tmp_path: Path) -> None:
+    made = small.copy_to(tmp_path)
+    manifest = made.corpus / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for row in rows:
+        row["album"] = row.pop("group")
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = made.spec.read_text().replace(str(made.store), str(tmp_path / "another"))
+    text = text.replace("group: group", "group: album").replace("timbre], label: label", "timbre], label: album")
+    made.spec.write_text(text.replace("[short], label: label", "[short], label: group"))
+    Runner(load(made.spec), Console(quiet=True)).run(("shard", "encode", "fuse"))
+    store = FeatureStore(tmp_path / "another")
+    albums = {row["id"]: row["album"] for row in rows}
+    for name in ("heard", "other"):
+        table = store.training_set(name).to_arrow("train")
+        assert len({*albums.values()}) > 5
+        assert (
+            table["label"].to_pylist()
+            == table["group"].to_pylist()
+            == [albums[each] for each in table["id"].to_pylist()]
+        )
+
+
 def test_samples_with_equal_bytes_stand_on_one_side_where_the_set_says_so(small: Made, tmp_path: Path) -> None:
     made = small.copy_to(tmp_path)
     manifest = made.corpus / "manifest.jsonl"

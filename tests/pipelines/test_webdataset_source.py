@@ -507,7 +507,8 @@ def test_a_spec_is_checked_against_the_tars(tmp_path: Path) -> None:
     label = "training_sets:\n  t: {views: [v], label: kind, splits: {train: 1.0}}\n"
     label += "views:\n  v: {field: caption, encoder: minilm-l6}\n"
     with pytest.raises(
-        InputError, match=r"training_sets\.t\.label: 'kind': no sample of .*000\.tar has it; columns: id"
+        InputError,
+        match=r"training_sets\.t\.label: 'kind': no sample of .*000\.tar has it; columns to learn: group, id",
     ):
         run(tmp_path, f"{tmp_path}/000.tar", more=label)
     text = SPEC.format(folder=tmp_path, path=f"{tmp_path}/000.tar", budget="0%")
