@@ -60,7 +60,8 @@ class _Sources:
     def labelled(self) -> int:
         """Number of samples that have a label."""
         shards = (self.corpus.live(entry.shard, self.corpus.read(entry.shard)) for entry in self.corpus.shards)
-        return sum(len(rows) - rows[self.label].null_count for rows in shards)
+        # A shard none of whose samples has one lacks the column.
+        return sum(len(rows) - rows[self.label].null_count for rows in shards if self.label in rows.column_names)
 
 
 def _rows(look: Inspection, rows: Entry, tar: Entry | None, split: str, sources: _Sources | None) -> pa.Table | None:

@@ -50,6 +50,23 @@ def test_what_samples_are_grouped_by_can_be_learned_by_either_name(small: Made, 
         )
 
 
+def test_a_label_that_whole_shards_lack_is_learned_from_the_others_and_verified(small: Made, tmp_path: Path) -> None:
+    made, corpus = small.copy_to(tmp_path), small.open().corpus("planted")
+    some = {sample_id for entry in corpus.shards[:5] for sample_id in corpus.ids(entry.shard)}
+    manifest = made.corpus / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    manifest.write_text(
+        "".join(json.dumps(row | ({"rare": row["label"]} if row["id"] in some else {})) + "\n" for row in rows)
+    )
+    text = made.spec.read_text().replace(str(made.store), str(tmp_path / "another"))
+    made.spec.write_text(text.replace("[short], label: label", "[short], label: rare"))
+    Runner(load(made.spec), Console(quiet=True)).run(("shard", "encode", "fuse"))
+    store = FeatureStore(tmp_path / "another")
+    table = store.training_set("other")
+    assert {each for split in ("train", "test") for each in table.to_arrow(split)["id"].to_pylist()} == some
+    assert not verify(store.storage, level="rows").findings
+
+
 def test_samples_with_equal_bytes_stand_on_one_side_where_the_set_says_so(small: Made, tmp_path: Path) -> None:
     made = small.copy_to(tmp_path)
     manifest = made.corpus / "manifest.jsonl"
