@@ -57,7 +57,7 @@ class Retrier(Runner):
         job, begun = self._job("retry", name), time.monotonic()
         pipeline.build(job, self.storage, corpus, before.version, list(rejected))
         total = _values(rejected)
-        self._carry_out(job, "retry", name, begun, Work(total, lambda: 0, rejected.__contains__))
+        self._carry_out(job, "retry", name, begun, Work(total, None, rejected.__contains__))
         after = pipeline.rejections(self._snapshot(), name)
         self._tell(f"shard {name}", self.done[-1].values, total - _values(after), after)
         left = total - (total if self.done[-1].values is None else self.done[-1].values)
@@ -80,7 +80,7 @@ class Retrier(Runner):
         budget, shards = self.spec.corpus.failure_budget, {task.shard for task in tasks}
         pipeline.build_view(job, self.storage, planned, tasks, budget, before.version, hints)
         total = sum(task.rows for task in tasks)
-        self._carry_out(job, "encode", planned.name, begun, Work(total, lambda: 0, shards.__contains__))
+        self._carry_out(job, "encode", planned.name, begun, Work(total, None, shards.__contains__))
         after, tried = pipeline.view_rejections(self._snapshot(), planned), self.done[-1].values
         still = _values({shard: rows for shard, rows in after.items() if shard in shards})
         self._tell(f"encode {planned.name}", tried, None if tried is None else tried - still, after)

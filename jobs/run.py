@@ -72,12 +72,12 @@ class Done(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How much a job has to do, in samples, how much of it is done now, whether a shard is one of its own, and what it is of,
-    as a forecast says it.
+    """How much a job has to do, in samples, how much of it is done now (where that can be told before its end), whether a shard
+    is one of its own, and what it is of, as a forecast says it.
     """
 
     total: int
-    done: Callable[[], int]
+    done: Callable[[], int] | None
     own: Callable[[str], bool]
     key: str = ""
 
