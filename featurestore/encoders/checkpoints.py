@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from featurestore.encoders import BaseEncoder, EncoderOptions, converted
-from featurestore.encoders.runtime import device, placed
+from featurestore.encoders.runtime import LOADING, device, placed
 from featurestore.errors import InputError, MissingExtra
 
 __all__ = [
@@ -202,7 +202,7 @@ class CheckpointEncoder(BaseEncoder):
         import transformers
         from safetensors import SafetensorError
 
-        with silent():
+        with LOADING, silent():
             try:
                 loaded, told = getattr(transformers, auto).from_pretrained(
                     folder,
