@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from featurestore.encoders import BaseEncoder, EncoderOptions, converted
+from featurestore.encoders import BaseEncoder, TrainedOptions, converted
 from featurestore.encoders.runtime import LOADING, device, placed
 from featurestore.errors import InputError, MissingExtra
 
@@ -77,7 +77,7 @@ def _settings(raw: bytes | None) -> list[str]:
     return sorted({each.settings for each in modules if each.folder})
 
 
-class CheckpointOptions(EncoderOptions):
+class CheckpointOptions(TrainedOptions):
     """Options of every encoder whose weights are a checkpoint."""
 
     checkpoint: str = Field(min_length=1, description="a folder, s3://…, gs://…, or a hub id, with safetensors")
