@@ -21,6 +21,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
-    "BaseEncoder", "EncoderOptions", "find", "find_as", "find_for", "fingerprint_of", "keys", "modalities", "package_file",
-    "ready", "takes",
+    "NO_NUMBERS", "BaseEncoder", "EncoderOptions", "TrainedOptions", "find", "find_as", "find_for", "fingerprint_of", "keys",
+    "modalities", "package_file", "ready", "takes",
 ]  # fmt: skip
 
 # Modules of this package that encoders share: no encoders themselves.
@@ -46,6 +47,9 @@ _SHARED = frozenset({
     "joint_perceiver", "joint_regions", "mel", "option_errors", "processors", "runtime", "towers",
 })  # fmt: skip
 
+
+NO_NUMBERS = ("address", "trained_until")
+"""What a card says that changes no number."""
 
 _DECODED_WITH = {"image": {"pillow"}, "video": {"av"}, "audio": {"soundfile", "soxr"}}
 """Modality -> distributions that `featurestore.media` and `featurestore.video` decode it with."""
@@ -57,6 +61,14 @@ class EncoderOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_size: int = Field(default=32, ge=1, le=4096, description="values per forward; part of the recipe")
+
+
+class TrainedOptions(EncoderOptions):
+    """Options of an encoder whose weights a person brings."""
+
+    trained_until: date | None = Field(
+        default=None, description="the last day, YYYY-MM-DD, of what its weights were trained on; changes no number"
+    )
 
 
 class BaseEncoder(ABC):
@@ -75,6 +87,7 @@ class BaseEncoder(ABC):
         batch_size: values that the pipeline gives to one `encode`, fixed by the recipe.
         licence: SPDX name of the weights' licence (of the code's, where there are no weights).
         source: where the weights, or the formulas, come from.
+        trained_until: the last day, YYYY-MM-DD, of what the weights were trained on; None where none is known, or nothing was.
         libraries: distributions whose version changes the numbers, beside those that the modalities are decoded with.
         concurrency: batches to encode at once where that waits for others than the cores; None is one a core.
         shortest_s: seconds of sound below which a value is filled up with zeros.
@@ -96,6 +109,12 @@ class BaseEncoder(ABC):
         self.batch_size = options.batch_size
         self._lock = threading.Lock()
         self._model: Any = None
+
+    @property
+    def trained_until(self) -> str | None:
+        """What its options say."""
+        given: date | None = getattr(self.options, "trained_until", None)
+        return None if given is None else given.isoformat()
 
     @property
     def modality(self) -> str:
@@ -182,6 +201,7 @@ class BaseEncoder(ABC):
     def card(self) -> dict[str, Any]:
         """Say what the vectors are, in JSON values, for the artefact's card."""
         options = self.options.model_dump(mode="json")
+        until = options.pop("trained_until", None)
         libraries = {*self.libraries}.union(*(_DECODED_WITH.get(each, ()) for each in self.reads))
         return {
             "key": self.key,
@@ -192,7 +212,8 @@ class BaseEncoder(ABC):
             "licence": self.licence,
             "source": self.source,
             "options": {name: value for name, value in options.items() if name not in self.address()},
-            "address": self.address(),
+            "address": self.address() | ({} if until is None else {"trained_until": until}),
+            "trained_until": self.trained_until,
             "preprocessing": self.preprocessing(),
             "weights": {name: _sha256(path) for name, path in sorted(self.weights().items())},
             "libraries": {name: _version(name) for name in sorted(libraries)},
@@ -209,7 +230,7 @@ class BaseEncoder(ABC):
 
 def fingerprint_of(card: Mapping[str, Any]) -> str:
     """Return the fingerprint, 64 hex digits, that an encoder of this card has: wherever its weights lie."""
-    card = {name: value for name, value in card.items() if name != "address"}
+    card = {name: value for name, value in card.items() if name not in NO_NUMBERS}
     text = json.dumps(card, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from featurestore.addresses import HOW_ELSE, has_credentials
-from featurestore.encoders import BaseEncoder, EncoderOptions, converted
-from featurestore.encoders.runtime import device, placed
+from featurestore.encoders import BaseEncoder, TrainedOptions, converted
+from featurestore.encoders.runtime import LOADING, device, placed
 from featurestore.errors import InputError, MissingExtra
 
 __all__ = [
@@ -78,7 +78,7 @@ def _settings(raw: bytes | None) -> list[str]:
     return sorted({each.settings for each in modules if each.folder})
 
 
-class CheckpointOptions(EncoderOptions):
+class CheckpointOptions(TrainedOptions):
     """Options of every encoder whose weights are a checkpoint."""
 
     checkpoint: str = Field(min_length=1, description="a folder, s3://…, gs://…, or a hub id, with safetensors")
@@ -203,7 +203,7 @@ class CheckpointEncoder(BaseEncoder):
         import transformers
         from safetensors import SafetensorError
 
-        with silent():
+        with LOADING, silent():
             try:
                 loaded, told = getattr(transformers, auto).from_pretrained(
                     folder,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurestore import media
-from featurestore.encoders import hf_image
+from featurestore.encoders import NO_NUMBERS, hf_image
 from featurestore.encoders.checkpoints import CheckpointEncoder, tokenizer_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ class Regions:
         return {
             "regions": "every patch or cell of the last layer of the encoder of images, row by row; no detector's",
             **boxes,
-            "image": {name: value for name, value in self.images.card().items() if name not in ("address", "weights")},
+            "image": {
+                name: value for name, value in self.images.card().items() if name not in (*NO_NUMBERS, "weights")
+            },
             "max_tokens": self._max_tokens,
             "without_image": "regions and boxes of zeros" if self._is_lxmert else "masked",
             "without_text": "an empty text",

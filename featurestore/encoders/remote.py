@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from featurestore import media
-from featurestore.encoders import BaseEncoder, EncoderOptions
+from featurestore.encoders import BaseEncoder, TrainedOptions
 from featurestore.encoders.endpoint import Endpoint
 from featurestore.errors import DecodeError, InputError
 
@@ -39,7 +39,7 @@ _ENDPOINT = re.compile(r"https?://[^\s/?#@]+(/[^\s?#@]*)?")
 _ORIENTATION = 0x0112
 
 
-class Options(EncoderOptions):
+class Options(TrainedOptions):
     """Batch 32: the most that text-embeddings-inference takes unless told otherwise."""
 
     batch_size: int = Field(default=32, ge=1, le=4096, description="values per request; no part of the recipe")

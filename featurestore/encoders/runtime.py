@@ -12,6 +12,7 @@ import ctypes
 import platform
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "check_gpu", "device", "giving_memory_back", "keep_freed_memory", "lacks_memory", "placed", "stacked", "to_device",
+    "LOADING", "check_gpu", "device", "giving_memory_back", "keep_freed_memory", "lacks_memory", "placed", "stacked", "to_device",
     "to_host", "tune_process", "turns",
 ]  # fmt: skip
+
+LOADING = threading.Lock()
+"""Held while transformers loads a model: it sets torch's default dtype, which is the process's, and puts back what it found."""
 
 ON_GPU = 2
 """Batches on a GPU at once: one computes while the other is copied; more would only hold its memory."""

@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from featurestore import media
-from featurestore.encoders import BaseEncoder, EncoderOptions, runtime
+from featurestore.encoders import BaseEncoder, TrainedOptions, runtime
 from featurestore.encoders.checkpoints import file_of
 from featurestore.errors import DecodeError, InputError
 
 __all__ = ["Encoder", "Options"]
 
 
-class Options(EncoderOptions):
+class Options(TrainedOptions):
     """Which program, and the shapes that it was made for."""
 
     program: str = Field(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from featurestore import media
-from featurestore.encoders import EncoderOptions
+from featurestore.encoders import TrainedOptions
 from featurestore.encoders.checkpoints import CheckpointEncoder
 
 __all__ = ["Encoder", "Options"]
@@ -24,7 +24,7 @@ __all__ = ["Encoder", "Options"]
 _HEADER_BYTES = 8
 
 
-class Options(EncoderOptions):
+class Options(TrainedOptions):
     """Batch 256: a lookup, not a network."""
 
     batch_size: int = Field(default=256, ge=1, le=4096, description="texts at once; part of the recipe")

@@ -13,6 +13,8 @@
 A class that reads several fields at once names them in order, `modality = "image+text"`: its values are tuples with None for
 what is missing, and a `decode` of its own is given the field's place too, `decode(raw, place)`.
 
+One whose weights were trained may say the last day of what they saw, `trained_until = "2021-03-01"`.
+
 A video is read as the bytes of a file that was tried; `featurestore.video.sample(raw, count)` gives its frames.
 
 `braid check-encoder my_models.birds:Birds` tries what every encoder promises. The fingerprint is of the class's name, its
@@ -23,6 +25,7 @@ never makes Braid import a module: a search through such a view wants it importe
 import importlib
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,7 +74,13 @@ class Encoder(BaseEncoder):
         self.source = options.class_
         self._own = self._made()
         self.dim = self._own.dim
+        self._until = self._said_until()
         self.normalised = bool(getattr(self._own, "normalised", False))
+
+    @property
+    def trained_until(self) -> str | None:
+        """What the class says."""
+        return self._until
 
     @property
     def modality(self) -> str:
@@ -94,6 +103,15 @@ class Encoder(BaseEncoder):
                 f"encoder class {self.options.class_!r} (modality {modality!r}, dim {dim!r}) lacks one of: {_ALLOWED}"
             )
         return made
+
+    def _said_until(self) -> str | None:
+        said = getattr(self._own, "trained_until", None)
+        try:
+            return None if said is None else date.fromisoformat(str(said)).isoformat()
+        except ValueError:
+            raise InputError(
+                f"encoder class {self.options.class_!r}: trained_until {said!r} is no day; allowed: YYYY-MM-DD, or None"
+            ) from None
 
     @classmethod
     def takes(cls, modality: str) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from featurestore import video
-from featurestore.encoders import BaseEncoder, EncoderOptions, find_for, keys, modalities
+from featurestore.encoders import NO_NUMBERS, BaseEncoder, EncoderOptions, find_for, keys, modalities
 from featurestore.errors import InputError
 
 __all__ = ["Encoder", "Options"]
@@ -58,9 +58,14 @@ class Encoder(BaseEncoder):
         self.normalised = options.normalise
         self.licence, self.source = self.image.licence, self.image.source
 
+    @property
+    def trained_until(self) -> str | None:
+        """As the encoder of images."""
+        return self.image.trained_until
+
     def preprocessing(self) -> dict[str, Any]:
         """Return which frames are taken, and the card of the encoder of images."""
-        image = {name: value for name, value in self.image.card().items() if name != "address"}
+        image = {name: value for name, value in self.image.card().items() if name not in NO_NUMBERS}
         return {"frames": "in the middle of equal stretches of time", "stretches": list(STRETCHES), "image": image}
 
     def address(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from featurestore import media
-from featurestore.encoders import BaseEncoder, EncoderOptions
+from featurestore.encoders import BaseEncoder, TrainedOptions
 from featurestore.encoders.checkpoints import file_of
 from featurestore.errors import InputError
 
@@ -36,7 +36,7 @@ _FASTTEXT_MAGIC = (793712314).to_bytes(4, "little")
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
-class Options(EncoderOptions):
+class Options(TrainedOptions):
     """Batch 256: a lookup, not a network."""
 
     batch_size: int = Field(default=256, ge=1, le=4096, description="texts at once; part of the recipe")

@@ -255,6 +255,19 @@ def test_card_says_what_the_vectors_are(case: str) -> None:
     assert card["options"].items() >= OTHER_OPTION[key_of(case)].items()
     assert card["licence"] in ("Apache-2.0", "the checkpoint's", "its owner's", "the file's")
     assert set(card) >= {"dtype", "normalised", "source", "preprocessing", "weights", "libraries"}
+    assert card["trained_until"] is None
+
+
+@every
+def test_when_the_training_ended_is_in_the_card_and_not_in_the_fingerprint(case: str) -> None:
+    if not issubclass(type(found(case).options), encoders.TrainedOptions):
+        pytest.skip("its weights, where it has any, are its own")
+    encoder = found(case, trained_until="2021-03-01")
+    card = json.loads(json.dumps(encoder.card()))
+    assert card["trained_until"] == "2021-03-01"
+    assert encoder.fingerprint() == found(case).fingerprint() == encoders.fingerprint_of(card)
+    with pytest.raises(InputError, match=r"option 'trained_until' = 'soon' is not allowed; .*trained_until \(string"):
+        found(case, trained_until="soon")
 
 
 def test_an_unknown_key_names_the_nearest_and_all() -> None:

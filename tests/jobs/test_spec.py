@@ -180,6 +180,13 @@ def test_a_mistake_is_told_with_its_line_and_its_mend(old: str, new: str, told: 
     assert any(told in line for line in mistakes(changed(old, new))), mistakes(changed(old, new))
 
 
+def test_one_mistake_is_told_once_and_no_part_of_a_long_password() -> None:
+    (line,) = mistakes(changed("[image, sound]", "[image, 5]"))
+    assert line.startswith("line 18: spaces.heard.views.1: 5 is wrong")
+    (line,) = mistakes(changed("./stamps-store", f"'s3://k:{'secret' * 20}@b'"))
+    assert line.startswith("line 2: store.uri: 's3://***@b' holds a name")
+
+
 def test_all_mistakes_are_told_at_once_by_line() -> None:
     text = GOOD.replace("1\n", "2\n", 1).replace("field: caption", "field: captoin").replace("recall: 0.9", "recall: 9")
     text = text.replace("encoder: log-mel", "encoder: mel").replace("name: stamps", "nam: stamps")

@@ -29,6 +29,11 @@ def test_the_place_of_a_checkpoint_is_in_the_card_and_not_in_the_fingerprint(ber
     assert again.fingerprint() == there.fingerprint()
 
 
+def test_when_the_training_ended_comes_back_with_the_card(bert: Path) -> None:
+    encoder = encoders.find("hf-text", {"checkpoint": str(bert), "trained_until": "2021-03-01"})
+    assert encoders.find_as(json.loads(json.dumps(encoder.card()))).trained_until == "2021-03-01"
+
+
 def test_a_byte_of_a_tokenizer_changes_the_fingerprint(bert: Path) -> None:
     before = encoders.find("hf-text", {"checkpoint": str(bert)}).fingerprint()
     path = bert / "tokenizer.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
@@ -77,6 +78,8 @@ def test_of_several_at_once_one_converts(saved: list[Path]) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: encoders.find("hf-text", options).load(), range(4)))
     assert len(saved) == 1
+    # Transformers sets it while it loads; what is made without a dtype would be float16 ever after.
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_checkpoint_that_is_not_whole_is_told_and_not_converted(cache: Path, tmp_path: Path) -> None:

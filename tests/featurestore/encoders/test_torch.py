@@ -73,6 +73,12 @@ class Films:
         return np.array([[each.std(), each.mean(), len(value)] for each, value in zip(frames, values, strict=True)])
 
 
+class Trained(Mean):
+    def __init__(self, until):
+        super().__init__()
+        self.trained_until = until
+
+
 class Lazy:
     modality = "image"
 '''
@@ -88,6 +94,16 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def tried(tmp_path: Path, cls: str, *more: str) -> Any:
     return braid("check-encoder", f"own_birds:{cls}", *more, env={"PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}"})
+
+
+def test_a_class_says_when_its_training_ended(module: str) -> None:
+    def made(cls: str, **arguments: str) -> Any:
+        return encoders.find("torch", {"class": f"{module}:{cls}", "arguments": arguments})
+
+    assert made("Mean").card()["trained_until"] is None
+    assert made("Trained", until="2021-03-01").card()["trained_until"] == "2021-03-01"
+    with pytest.raises(InputError, match=r"trained_until 'soon' is no day; allowed: YYYY-MM-DD, or None"):
+        made("Trained", until="soon")
 
 
 def test_a_class_that_keeps_all_promises_passes(module: str, tmp_path: Path) -> None:

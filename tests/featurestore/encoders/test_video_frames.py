@@ -170,3 +170,11 @@ def test_the_tower_of_texts_is_refused() -> None:
             "video-frames",
             {"image_encoder": "clip", "image_options": {"checkpoint": str(checkpoint("clip")), "modality": "text"}},
         )
+
+
+def test_the_training_ended_when_that_of_the_encoder_of_images_did() -> None:
+    options = vit()["image_options"] | {"trained_until": "2021-03-01"}
+    encoder = found(image_options=options)
+    assert encoder.card()["trained_until"] == "2021-03-01"
+    assert encoder.fingerprint() == found().fingerprint()
+    assert found().card()["trained_until"] is None
