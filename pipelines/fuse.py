@@ -19,7 +19,7 @@ from featurestore.fusion_table import fusion_table
 from featurestore.storage import Storage
 from featurestore.views import whole
 from pipelines.publish import build_entry, card_bytes
-from pipelines.runner import Result, result
+from pipelines.runner import Result, listed_in_file, result
 
 ROWS_PER_FILE = 10_000
 TRAIN = "train"
@@ -71,7 +71,8 @@ def make(storage: Storage, build: builds.Build, version: int) -> Result:
         "certificate": found,
         "fusion": fusion_table(embeddings, labels, kept_together, chosen["seed"]),
     }
-    return result(build.key, _place(storage, build, table, card))
+    # A set of a million rows has some 200 files.
+    return listed_in_file(storage, result(build.key, _place(storage, build, table, card)), build.stem)
 
 
 def columns(samples: pa.Table, corpus: Corpus) -> list[str]:

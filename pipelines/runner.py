@@ -25,6 +25,7 @@ from apache_beam.runners.runner import create_runner
 from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils.shared import Shared
 
+from featurestore import artefact
 from featurestore.catalog import Catalog, Change, Entry, Snapshot
 from featurestore.corpora import QUARANTINE
 from featurestore.errors import AlignmentError, BraidError, BudgetExceeded, InputError
@@ -44,7 +45,8 @@ _RUNNERS = {"FnApiRunner": LOCAL_RUNNER, "DaskRunner": "pipelines.dask_runner.Da
 class Result(NamedTuple):
     """What a worker made of one shard (or of one build): the entries to publish, and what it rejected.
 
-    `entries` is a JSON list of catalog entries; `tried` and `rejected` count values; `example` is one rejection in words;
+    `entries` is a JSON list of catalog entries, or the object of the arguments by which a file that holds that list is read
+    (`listed_in_file`); `tried` and `rejected` count values; `example` is one rejection in words;
     `computed` counts the values that were worked on just now, none of a shard that an earlier run finished; `read_bytes` is the
     size of those that could be read; `spent` is what that took, where the stage tells it.
     """
@@ -62,6 +64,20 @@ class Result(NamedTuple):
 def result(shard: str, entries: Sequence[Entry], tried: int = 0, rejected: int = 0, example: str = "") -> Result:
     """A Result of catalog entries; the example is cut, so that a Result stays a descriptor."""
     return Result(shard, json.dumps(entries), tried, rejected, example[:_EXAMPLE_LENGTH])
+
+
+def listed_in_file(storage: Storage, made: Result, stem: str) -> Result:
+    """The same Result with its list of entries in a file of the store: a descriptor, however many files a build has."""
+    placed = artefact.place_bytes(storage, made.entries.encode(), f"{stem}/entries", ".json")
+    return made._replace(entries=json.dumps({"path": placed.path, "sha256": placed.sha256}))
+
+
+def listed(storage: Storage, made: Result) -> Result:
+    """A Result with its list of entries itself, wherever that is. AlignmentError where its file is gone or another."""
+    entries = json.loads(made.entries)
+    if isinstance(entries, list):
+        return made
+    return made._replace(entries=artefact.read_checked(storage, **entries).decode())
 
 
 def keyed(made: Result) -> tuple[int, Result]:
@@ -229,8 +245,9 @@ class _CommitFn(beam.DoFn):
     def process(self, element: tuple[int, Iterable[Result]]) -> Iterable[int]:
         begun = time.monotonic()
         # A bundle that was done twice has given its Results twice.
-        results = list({each.shard: each for each in sorted(element[1], reverse=True)}.values())[::-1]
-        catalog, scopes = Catalog(Storage.from_json(self._storage)), [Scope(*scope) for scope in self._scopes]
+        given = list({each.shard: each for each in sorted(element[1], reverse=True)}.values())[::-1]
+        storage, scopes = Storage.from_json(self._storage), [Scope(*scope) for scope in self._scopes]
+        catalog, results = Catalog(storage), [listed(storage, each) for each in given]
         check_budget(self._job, results, self._budget, before(catalog.snapshot(), scopes, results))
         made = changes(results, scopes, whole=self._rows is None)
         check_complete(self._job, made[0], self._rows)

@@ -102,7 +102,8 @@ def build_training_set(storage: Storage) -> None:
 
 def publish(storage: Storage, results: list[runner.Result], scopes: list[runner.Scope], whole: bool = False) -> None:
     """Commits results as a job's last step does."""
-    Catalog(storage).commit("test", runner.changes(results, scopes, whole))
+    listed = [runner.listed(storage, each) for each in results]
+    Catalog(storage).commit("test", runner.changes(listed, scopes, whole))
 
 
 class Broken:

@@ -239,7 +239,7 @@ def test_a_run_says_nothing_more_than_before_without_log_json(story: Story) -> N
     assert err == ""
     begun, done, then = out.splitlines()
     assert (begun, then) == ("shard planted: started, 48 samples", "encode loud: started, 48 samples")
-    assert re.fullmatch(r"shard planted: done in [\d.]+ s, \d+ samples/s", done)
+    assert re.fullmatch(r"shard planted: done in [\d.]+ s, [\d.,]+ samples/s", done)
 
 
 def lines_of(err: str) -> list[dict[str, Any]]:

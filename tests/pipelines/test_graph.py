@@ -21,16 +21,18 @@ from featurestore.corpora import QUARANTINE
 from featurestore.errors import AlignmentError, BudgetExceeded
 from featurestore.identity import MAX_ID_BYTES
 from featurestore.storage import Storage
+from featurestore.verify import verify
 from featurestore.views import VIEW
 from jobs.run import Runner
 from jobs.spec import load
+from pipelines import fuse
 from pipelines.reference_blocks import MAX_BLOCK_BYTES, packed, unpacked
-from pipelines.runner import Commit, Job, Result, Scope, keyed, result
+from pipelines.runner import Commit, Job, Result, Scope, keyed, listed, listed_in_file, result
 from pipelines.sources import SampleRef
 from tests.conftest import Made, small_spec
 from tests.planted import SHARD_ROWS, write_planted
 
-MAX_ELEMENT_BYTES = 3 << 10
+MAX_ELEMENT_BYTES = 2 << 10
 SAMPLES = 48
 
 
@@ -134,6 +136,38 @@ def test_results_with_the_longest_lineage_are_descriptors_too(made: Made) -> Non
         for name in snapshot.names(VIEW)
     }
     assert max(sizes.values()) <= MAX_ELEMENT_BYTES, sizes
+
+
+def test_a_training_set_is_a_descriptor_however_many_files_it_has(
+    small: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row a file: what a million rows are in files of 10,000."""
+    made = small.copy_to(tmp_path)
+    monkeypatch.setattr(fuse, "ROWS_PER_FILE", 1)
+    made.spec.write_text(
+        made.spec.read_text().replace("  heard: {views: [loud, timbre], l", "  rows: {views: [short], l")
+    )
+    crossings: list[Crossing] = []
+    run = Job.run
+    monkeypatch.setattr(Job, "run", lambda job: measured(job, run, crossings))
+    Runner(load(made.spec), Console(quiet=True)).run(["fuse"])
+    store = made.open()
+    files = store.snapshot.entries("training", "rows")
+    assert len(files) == 2 * SAMPLES + 1
+    assert [each.count for each in crossings] == [1]
+    assert crossings[0].largest <= 400, crossings
+    assert not verify(store.storage).findings
+
+
+def test_entries_in_a_file_are_the_same_entries_and_none_of_another_file(tmp_path: Path) -> None:
+    storage, (given,) = Storage.of(tmp_path), results((10, 0))
+    away = listed_in_file(storage, given, "training/t/b")
+    assert away == listed_in_file(storage, given, "training/t/b"), "the same in every attempt"
+    assert listed(storage, away) == listed(storage, given) == given
+    (file,) = storage.list("training")
+    (tmp_path / file).write_text("[]")
+    with pytest.raises(AlignmentError, match="the file was changed after it was written"):
+        listed(storage, away)
 
 
 def test_what_crosses_a_shuffle_is_coded_in_rows_or_bytes_and_never_pickled(stages: dict[str, list[Crossing]]) -> None:
