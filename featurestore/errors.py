@@ -1,7 +1,9 @@
 """Braid's exceptions: one root, and one class per thing that a caller can do about it.
 
-Every message says what is wrong, the value, what is allowed, where (shard, id, field) and the mend.
+Every message says what is wrong, the value, what is allowed, where (shard, id, field) and the mend; none a password.
 """
+
+from featurestore.addresses import redacted
 
 __all__ = [
     "AlignmentError",
@@ -20,7 +22,10 @@ __all__ = [
 
 
 class BraidError(Exception):
-    """Root of every error that Braid raises on purpose. Its text is meant for a person."""
+    """Root of every error that Braid raises on purpose. Its text is meant for a person, and its addresses hold no password."""
+
+    def __init__(self, *told: object) -> None:
+        super().__init__(*(redacted(each) if isinstance(each, str) else each for each in told))
 
 
 class InputError(BraidError):
@@ -74,8 +79,8 @@ class DecodeError(BraidError):
     def __init__(self, reason: str, detail: str) -> None:
         # Both as they came, or it could not be pickled.
         super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+        self.reason: str = self.args[0]
+        self.detail: str = self.args[1]
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from featurestore import http
+from featurestore.addresses import HOW_ELSE, has_credentials
 from featurestore.errors import DecodeError
 
 __all__ = [
@@ -50,7 +51,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The client for an address, and its path there.
 
     Raises:
-        ValueError: an address of a kind that is not read.
+        ValueError: an address of a kind that is not read, or one with a user's name or password.
         ImportError: its client is not installed.
     """
     protocol = uri.partition("://")[0] if "://" in uri else "file"
@@ -59,6 +60,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if protocol in ("file", "local"):
         # As below, at a third of the time: planning asks for it once a value.
         return _disk(), _disk()._strip_protocol(uri)
+    if has_credentials(uri):
+        raise ValueError(f"the address holds a name or a password; {HOW_ELSE}")
     client = fsspec.get_filesystem_class(protocol)
     own = client._get_kwargs_from_urls(uri) | (http.options() if _is_web(uri) else {})
     # Not by fsspec's own `url_to_fs`, which reads `::` in a name as a chain of addresses.

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from featurestore.addresses import redacted
 from featurestore.errors import BraidError, InputError, MissingExtra, NotFound, StoreError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Storage(BaseModel):
             Readers open nothing else outside the store; it is reached with the clients' own settings.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
     uri: str
     endpoint: str | None = None
@@ -78,7 +79,7 @@ class Storage(BaseModel):
             return os.path.abspath(os.path.expanduser(path))
         if not OBJECT_URI.fullmatch(path.rstrip("/")):
             raise ValueError(
-                f"{uri!r} is not a store's address; allowed: a folder, s3://bucket/prefix, gs://bucket/prefix "
+                f"{redacted(uri)!r} is not a store's address; allowed: a folder, s3://bucket/prefix, gs://bucket/prefix "
                 "of letters, digits and ._=+- (a bucket's letters are small, credentials belong in a profile)"
             )
         return path.rstrip("/")
@@ -97,7 +98,7 @@ class Storage(BaseModel):
             or "::" in path
         ):
             raise ValueError(
-                f"{root!r} is no root of values; allowed: a folder, or one at s3://, gs://, http:// or https://"
+                f"{redacted(root)!r} is no root of values; allowed: a folder, or one at s3://, gs://, http:// or https://"
             )
         return path.rstrip("/")
 
@@ -108,7 +109,9 @@ class Storage(BaseModel):
         if foreign := sorted(set(given) - allowed):
             raise ValueError(f"{', '.join(foreign)}: not for {self.uri!r}; leave it out (S3 has these options)")
         if self.endpoint and not re.fullmatch(r"https?://[^\s/@?#]+/?", self.endpoint):
-            raise ValueError(f"endpoint {self.endpoint!r}: write http(s)://host[:port], no path, no credentials")
+            raise ValueError(
+                f"endpoint {redacted(self.endpoint)!r}: write http(s)://host[:port], no path, no credentials"
+            )
         if self.endpoint and self.endpoint.startswith("http:") and not self.allow_http:
             raise ValueError(f"endpoint {self.endpoint!r} is not encrypted: use https, or set allow_http: true")
         if self.profile and self.anonymous:
@@ -130,7 +133,7 @@ class Storage(BaseModel):
         try:
             return cls._checked(json.loads(text))
         except ValueError as error:
-            raise InputError(f"not a Storage in JSON: {text[:200]!r} ({error})") from error
+            raise InputError(f"not a Storage in JSON: {redacted(text)[:200]!r} ({error})") from error
 
     @classmethod
     def _checked(cls, options: object) -> "Storage":

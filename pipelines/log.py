@@ -11,6 +11,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from featurestore.addresses import redacted
+
 FIELDS = ("job", "stage", "name", "shard", "event", "values", "rejected", "seconds")
 """Stand in every line of JSON, null where they say nothing, beside `time`, `level`, `logger` and `message`."""
 
@@ -50,7 +52,11 @@ def event(
         if figure is not None
     ]
     told = f"{what} {shard}" if shard else what
-    text = f"{job}: {told}" + (f": {', '.join(figures)}" if figures else "") + (f": {detail}" if detail else "")
+    text = (
+        f"{job}: {told}"
+        + (f": {', '.join(figures)}" if figures else "")
+        + (f": {redacted(str(detail))}" if detail else "")
+    )
     logger, extra = logging.getLogger(f"braid.{stage}"), {"braid": fields}
     if as_json and not started():
         record = logger.makeRecord(logger.name, level, "", 0, text, (), None, extra=extra)

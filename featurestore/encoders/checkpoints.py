@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from featurestore.addresses import HOW_ELSE, has_credentials
 from featurestore.encoders import BaseEncoder, EncoderOptions, converted
 from featurestore.encoders.runtime import device, placed
 from featurestore.errors import InputError, MissingExtra
@@ -251,6 +252,8 @@ def _fetched(address: str) -> Path:
     """A checkpoint or a file of an object store, in the cache folder under a digest of its address and of sizes and etags."""
     import fsspec
 
+    if has_credentials(address):
+        raise InputError(f"checkpoint {address}: the address holds a name or a password; {HOW_ELSE}")
     try:
         fs, root = fsspec.core.url_to_fs(address)
         fs.invalidate_cache()

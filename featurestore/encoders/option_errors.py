@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from featurestore.addresses import redacted
+
 __all__ = ["option_errors"]
 
 
@@ -19,7 +21,7 @@ def option_errors(key: str, known: Mapping[str, Any], error: ValidationError) ->
     """
     wrong = []
     for found in error.errors():
-        name, value = str(found["loc"][0]), repr(found["input"])
+        name, value = str(found["loc"][0]), redacted(repr(found["input"]))
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         if found["type"] == "missing":

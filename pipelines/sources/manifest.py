@@ -18,6 +18,7 @@ import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+from featurestore.addresses import redacted
 from featurestore.errors import InputError
 from featurestore.files import filesystem
 from featurestore.row_order import BY_ID, BY_SOURCE
@@ -144,7 +145,7 @@ class Named:
             fs, own = filesystem(uri)
             self._homes[uri] = fs, posixpath.dirname(own), bounds_of(uri, self._roots)
         fs, folder, bounds = self._homes[uri]
-        source = path.encode("utf-8", "replace").decode()
+        source = redacted(path.encode("utf-8", "replace").decode())
         if "://" in path:
             return FileValue(path, source, bounds)
         whole = path if path.startswith("/") else posixpath.join(folder, path)

@@ -480,6 +480,10 @@ def jsonl(*rows: dict[str, Any]) -> bytes:
     ("name", "content", "told"),
     [
         ("none", None, r"none is not there; name one of: a folder, \.jsonl"),
+        *(
+            (f"s3://k:secret@b/{name}", None, rf"s3://\*\*\*@b/{name}.*: the address holds a name or a password; leave")
+            for name in ("folder", r"x.jsonl", r"x.tar", r"x.parquet")
+        ),
         ("x.zip", b"PK", r"x\.zip: no kind of file that samples are read from; name one of: a folder, \.jsonl"),
         ("x", b"?", r"x: no kind of file"),
         ("x.jsonl", b"", r"x\.jsonl holds no rows"),
