@@ -14,7 +14,8 @@ from jobs import plan, sizes
 from jobs.report import counted
 from jobs.sizes import Size, Sizes, human
 from jobs.spec import Prices, Spec
-from jobs.spec_mistakes import document
+from jobs.spec_mistakes import document, dotted
+from jobs.spec_shape import of_shape
 
 __all__ = ["read_prices", "show"]
 
@@ -136,12 +137,7 @@ def read_prices(path: Path) -> Prices:
         try:
             prices = TypeAdapter(Prices).validate_python(tree.value, strict=True)
         except ValidationError as error:
-            for each in error.errors():
-                place = tuple(part for part in each["loc"] if part != "[key]")
-                line = tree.mistake(place, "").line
-                told.append(
-                    f"line {line}: {'.'.join(map(str, place))}: {each['input']!r} is wrong: {each['msg'].lower()}"
-                )
+            told += [f"line {each.line}: {dotted(each.place)}: {each.text}" for each in of_shape(error, Prices, tree)]
     if told:
         raise InputError(
             f"--prices {path}: {'; '.join(told)}; write what an hour costs, like {{nvidia-l4: 0.70, cpu: 0.05}}"

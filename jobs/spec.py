@@ -25,10 +25,12 @@ from pydantic import (
     model_validator,
 )
 
+from featurestore.addresses import HOW_ELSE, has_credentials
 from featurestore.errors import NotFound, SpecError
 from featurestore.storage import Storage
 from featurestore.times import RESERVED
-from jobs.spec_mistakes import TIMED, Mistake, document, of_references, of_shape, report
+from jobs.spec_mistakes import TIMED, Mistake, document, of_credentials, of_references, report
+from jobs.spec_shape import of_shape
 
 __all__ = [
     "ClockSpec",
@@ -114,7 +116,7 @@ def _from_field(value: Any) -> Any:
 
 def _version(value: Any) -> Any:
     if type(value) is not int or value != 1:
-        raise ValueError("this Braid reads version 1")
+        raise ValueError("this Braid reads version 1; write version: 1")
     return value
 
 
@@ -143,9 +145,15 @@ OneOrMore = Annotated[Any, PlainValidator(_one_or_more)]
 """A text, which stays one, or a list of them."""
 
 
+def _length(value: Any) -> Any:
+    if (length := _duration(value)) < 1:
+        raise ValueError("write a time above 0, like 20ms or 1.5s")
+    return length
+
+
 Duration = Annotated[int, BeforeValidator(_duration)]
 """In ns."""
-Length = Annotated[int, BeforeValidator(_duration), Field(ge=1)]
+Length = Annotated[int, BeforeValidator(_length)]
 
 
 class WindowsSpec(_Node):
@@ -387,7 +395,7 @@ Prices = dict[Name, Price]
 class Spec(_Node):
     """What a store shall hold. Its sections are DESIGN.md's words; `prices` change nothing of it."""
 
-    version: Annotated[int, BeforeValidator(_version)]
+    version: Annotated[int, BeforeValidator(_version)] = Field(examples=[1])
     store: Storage
     corpus: CorpusSpec
     views: dict[Name, ViewSpec] = {}
@@ -409,6 +417,8 @@ def load(path: str | Path) -> Spec:
     Raises:
         SpecError: its text lists all mistakes, by line.
     """
+    if has_credentials(str(path)):
+        raise SpecError(f"{path}: the address holds a name or a password; {HOW_ELSE}")
     try:
         with fsspec.open(str(path), "rb") if "://" in str(path) else open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -440,6 +450,8 @@ def parse(text: str, where: str) -> Spec:
             except ValueError as error:
                 mistakes.append(tree.mistake(("corpus", "media"), f"'reference' is wrong: {error}"))
         mistakes += of_references(tree)
+        told = list(of_credentials(tree))
+        mistakes = [each for each in mistakes if each.place not in {every.place for every in told}] + told
     if mistakes or spec is None:
         raise SpecError(report(mistakes, where))
     return spec

@@ -3,26 +3,34 @@
 import difflib
 import json
 import re
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 from yaml.composer import ComposerError
 from yaml.nodes import MappingNode, Node, SequenceNode
 
+from featurestore.addresses import HOW_ELSE, has_credentials, redacted
 from featurestore.errors import InputError
 
-__all__ = ["Document", "Mistake", "Place", "document", "of_references", "of_shape", "report"]
+__all__ = [
+    "Document",
+    "Mistake",
+    "Place",
+    "document",
+    "dotted",
+    "nearest",
+    "of_credentials",
+    "of_references",
+    "report",
+    "shown",
+]
 
 MAX_DEPTH = 20
 MAX_LISTED = 50
 MAX_NUMBER = 64
-LATER = {"video"}
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
-NAME_RULE = "small letters, digits, '-' and '_', beginning with a letter or digit, at most 64"
 
 Place = tuple[str | int, ...]
 
@@ -113,7 +121,7 @@ def _mapping(node: MappingNode, place: Place, tree: Document) -> dict[str, Any]:
         line = key_node.start_mark.line + 1
         key = key_node.value
         if key_node.tag != "tag:yaml.org,2002:str":
-            text = f"key {_shown(key)} is no text to YAML (it is {_kind(key_node)}); put it in quotes"
+            text = f"key {shown(key)} is no text to YAML (it is {_kind(key_node)}); put it in quotes"
             tree.mistakes.append(Mistake(line, place, text))
         elif key in found:
             first = tree.lines[(*place, key)]
@@ -126,16 +134,16 @@ def _mapping(node: MappingNode, place: Place, tree: Document) -> dict[str, Any]:
 
 def _scalar(node: Node, place: Place, tree: Document) -> Any:
     if node.tag not in PLAIN_TAGS:
-        text = f"{_shown(node.value)} is {_kind(node)} to YAML; allowed: text, numbers, true, false; put text in quotes"
+        text = f"{shown(node.value)} is {_kind(node)} to YAML; allowed: text, numbers, true, false; put text in quotes"
         tree.mistakes.append(tree.mistake(place, text))
         return None
     if node.tag != "tag:yaml.org,2002:str" and len(node.value) > MAX_NUMBER:
-        tree.mistakes.append(tree.mistake(place, f"{_shown(node.value)} is too long for a number"))
+        tree.mistakes.append(tree.mistake(place, f"{shown(node.value)} is too long for a number"))
         return None
     try:
         return yaml.constructor.SafeConstructor().construct_object(node)  # type: ignore[no-untyped-call]
     except (yaml.YAMLError, ValueError, KeyError, IndexError) as error:
-        tree.mistakes.append(tree.mistake(place, f"{_shown(node.value)} is no {_kind(node)}: {error}"))
+        tree.mistakes.append(tree.mistake(place, f"{shown(node.value)} is no {_kind(node)}: {error}"))
         return None
 
 
@@ -143,63 +151,33 @@ def _kind(node: Node) -> str:
     return str(node.tag).removeprefix("tag:yaml.org,2002:")
 
 
-def of_shape(error: ValidationError, model: type[BaseModel], tree: Document) -> Iterator[Mistake]:
-    """Translate what pydantic found, in the words of the spec."""
-    for found in error.errors():
-        place = found["loc"]
-        if place[-1:] == ("[key]",):
-            place = place[:-1]
-            yield tree.mistake(place, f"{_shown(found['input'])} is not a name; allowed: {NAME_RULE}")
-        else:
-            yield tree.mistake(place, _told(found, model))
-
-
-def _told(found: Mapping[str, Any], model: type[BaseModel]) -> str:
-    kind, value, context = found["type"], found["input"], found.get("ctx", {})
-    if kind == "extra_forbidden":
-        keys = _keys_at(found["loc"][:-1], model)
-        return f"is not a key of this section; allowed: {', '.join(keys)}{_nearest(found['loc'][-1], keys)}"
-    if kind == "missing":
-        return "is missing; add it"
-    if kind == "model_type":
-        return f"{_shown(value)} is no section; allowed keys: {', '.join(_keys_at(found['loc'], model))}"
-    if kind == "string_pattern_mismatch":
-        return f"{_shown(value)} is not a name; allowed: {NAME_RULE}"
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", context["expected"])
-        later = " (that comes in a later version)" if isinstance(value, str) and value in LATER else ""
-        return f"{_shown(value)} is not allowed here{later}; allowed: {', '.join(allowed)}{_nearest(value, allowed)}"
-    told = str(context["error"]) if kind == "value_error" else found["msg"][:1].lower() + found["msg"][1:]
-    told = told.replace("tuple", "list").replace("dictionary", "mapping")
-    return f"{_shown(value)} is wrong: {told}"
-
-
-def _keys_at(place: Place, model: type[BaseModel]) -> list[str]:
-    """The keys that the section at `place` may have."""
-    here: Any = model
-    for part in place:
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            fields = {info.alias or name: info.annotation for name, info in here.model_fields.items()}
-            here = fields[str(part)]
-            if type(None) in typing.get_args(here):
-                here = typing.get_args(here)[0]
-        else:
-            here = typing.get_args(here)[-1]
-    return [info.alias or name for name, info in here.model_fields.items()]
-
-
 def of_references(tree: Document) -> Iterator[Mistake]:
     """What names something that is not there. Works on whatever could be read, so that all is told at once."""
     for place, value, names, what in _references(tree.value):
         if isinstance(value, str) and value not in names:
             allowed = f"allowed: {_listed(names)}" if names else "there is none"
-            yield tree.mistake(place, f"{_shown(value)} is not {what}; {allowed}{_nearest(value, names)}")
+            yield tree.mistake(place, f"{shown(value)} is not {what}; {allowed}{nearest(value, names)}")
     for section, key in (("views", "fields"), *((each, "views") for each in ("spaces", "indexes", "training_sets"))):
         for name, entry in _entries(tree.value, section).items():
             yield from _repeated((section, name, key), entry.get(key), tree)
     yield from _of_encoders(tree)
     yield from _of_source(tree)
     yield from _of_streams(tree)
+
+
+def of_credentials(tree: Document) -> Iterator[Mistake]:
+    """Addresses with a user's name or password, wherever they stand."""
+    for place, text in _texts(tree.value):
+        if has_credentials(text):
+            yield tree.mistake(place, f"{shown(text)} holds a name or a password; {HOW_ELSE} (store.profile)")
+
+
+def _texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    if isinstance(value, str):
+        yield place, value
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()
+    for key, part in parts:
+        yield from _texts(part, (*place, key))
 
 
 TIMED = ("clock", "policy", "tolerance", "staleness", "time", "channels")
@@ -233,10 +211,10 @@ def _of_streams(tree: Document) -> Iterator[Mistake]:
     per = source["windows"].get("per") if isinstance(source.get("windows"), dict) else None
     cut = [name for name, each in fields.items() if each.get("modality") in ("text", "sensor") and not _estimated(each)]
     if isinstance(per, str) and per not in cut:
-        told = f"{_shown(per)} is no text or sensor field with a clock that is given; allowed: {_listed(cut) or 'none'}"
-        yield tree.mistake((*place, "windows", "per"), told + _nearest(per, cut))
+        told = f"{shown(per)} is no text or sensor field with a clock that is given; allowed: {_listed(cut) or 'none'}"
+        yield tree.mistake((*place, "windows", "per"), told + nearest(per, cut))
     elif isinstance(per, str) and fields[per]["modality"] == "sensor" and "length" not in source["windows"]:
-        told = f"{_shown(per)} is a sensor, whose readings are moments: add a length, e.g. length: 2s"
+        told = f"{shown(per)} is a sensor, whose readings are moments: add a length, e.g. length: 2s"
         yield tree.mistake((*place, "windows", "per"), told)
     for name, field in fields.items():
         for at, told in _of_stream(name, field, fields):
@@ -255,7 +233,7 @@ def _of_stream(name: str, field: Mapping[str, Any], fields: Mapping[str, Any]) -
     allowed = POLICIES.get(modality, ()) if isinstance(modality, str) else ()
     policy = field.get("policy", allowed[0] if allowed else None)
     if allowed and policy not in allowed:
-        yield ("policy",), f"{_shown(policy)} is not for {modality}; allowed: {', '.join(allowed)}"
+        yield ("policy",), f"{shown(policy)} is not for {modality}; allowed: {', '.join(allowed)}"
     if policy == "nearest" and "tolerance" not in field:
         told = "needs a tolerance, e.g. tolerance: 20ms: without one the last value would stand for all that the stream lacks"
         yield (), f"policy nearest {told}"
@@ -283,8 +261,8 @@ def _of_estimate(
         if other != name and each.get("modality") in ("image", "audio", "sensor") and not _estimated(each)
     ]
     if reference not in able:
-        told = f"{_shown(reference)} is no other image, audio or sensor field with a clock that is given"
-        yield ("clock", "estimate"), f"{told}; allowed: {_listed(able) or 'none'}{_nearest(reference, able)}"
+        told = f"{shown(reference)} is no other image, audio or sensor field with a clock that is given"
+        yield ("clock", "estimate"), f"{told}; allowed: {_listed(able) or 'none'}{nearest(reference, able)}"
     if field.get("modality") == "text":
         yield ("clock", "estimate"), "the clock of texts cannot be measured; write its offset and drift"
     if "drift" in field["clock"]:
@@ -329,7 +307,7 @@ def _repeated(place: Place, listed: Any, tree: Document) -> Iterator[Mistake]:
     for i, each in enumerate(listed if isinstance(listed, tuple) else ()):
         if isinstance(each, str):
             if each in seen:
-                yield tree.mistake((*place, i), f"{_shown(each)} is listed twice; keep one")
+                yield tree.mistake((*place, i), f"{shown(each)} is listed twice; keep one")
             seen.add(each)
 
 
@@ -354,10 +332,10 @@ def _of_encoders(tree: Document) -> Iterator[Mistake]:
         known_all = bool(each) and all(isinstance(modality, str) for modality in each)
         has, takes = "+".join(map(str, each)) if known_all else None, encoders.modalities(key)
         noun, verb = ("field", "is") if len(each) == 1 else ("fields", "are")
-        said = f"{noun} {', '.join(map(_shown, sources))} {verb} {_shown(has)}"
+        said = f"{noun} {', '.join(map(shown, sources))} {verb} {shown(has)}"
         fits = has is not None and encoders.takes(key, has)
         if has is not None and not fits:
-            yield tree.mistake(("views", name, "encoder"), f"{_shown(key)} takes {' or '.join(takes)}, but {said}")
+            yield tree.mistake(("views", name, "encoder"), f"{shown(key)} takes {' or '.join(takes)}, but {said}")
         try:
             made = encoders.find_for(key, options, has if has is not None else takes[0])
         except InputError as error:
@@ -388,7 +366,7 @@ def _of_source(tree: Document) -> Iterator[Mistake]:
     elif source.get("type") in ("manifest", "parquet"):
         for name, texts in given.items():
             if isinstance(texts, tuple):
-                yield tree.mistake(("corpus", "fields", name, "from"), f"{_shown(texts)} is a list: name one column")
+                yield tree.mistake(("corpus", "fields", name, "from"), f"{shown(texts)} is a list: name one column")
 
 
 def _of_folder(columns: Mapping[str, Any], given: Mapping[str, Any], tree: Document) -> Iterator[Mistake]:
@@ -397,7 +375,7 @@ def _of_folder(columns: Mapping[str, Any], given: Mapping[str, Any], tree: Docum
     for key, column in columns.items():
         allowed = ["id"] if key == "id" else list(folder.COLUMNS)
         if isinstance(column, str) and column not in allowed:
-            text = f"{_shown(column)} is no column of a folder for this; allowed: {', '.join(allowed)}"
+            text = f"{shown(column)} is no column of a folder for this; allowed: {', '.join(allowed)}"
             yield tree.mistake(("corpus", "columns", key), text)
     texts = {
         name: each
@@ -423,22 +401,23 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + (" ..." if len(names) > MAX_LISTED else "")
 
 
-def _nearest(value: object, names: list[str]) -> str:
+def nearest(value: object, names: list[str]) -> str:
+    """`; did you mean …?`, where one of the names is like the value."""
     if not isinstance(value, str) or len(value) > 64:
         return ""
     near = difflib.get_close_matches(value, names[:MAX_LISTED], n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _shown(value: object) -> str:
-    """The value as YAML would have it, cut short."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+def shown(value: object) -> str:
+    """The value as YAML would have it, cut short, without passwords."""
+    text = redacted(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
     return text if len(text) <= 80 else text[:76] + " ..."
 
 
 def report(mistakes: Iterable[Mistake], where: str) -> str:
     """All mistakes in the order of their lines, under their number."""
-    told = sorted({(m.line, _dotted(m.place), m.text) for m in mistakes})
+    told = sorted({(m.line, dotted(m.place), m.text) for m in mistakes})
     count = f"{len(told)} mistake{'s' if len(told) != 1 else ''}"
     lines = [f"  line {line}: {place + ': ' if place else ''}{text}" for line, place, text in told[:MAX_LISTED]]
     rest = [f"  and {len(told) - MAX_LISTED} more"] if len(told) > MAX_LISTED else []
@@ -450,8 +429,9 @@ def _printable(line: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
 
 
-def _dotted(place: Place) -> str:
+def dotted(place: Place) -> str:
+    """The keys to a place, as a person writes them."""
     parts = (
-        str(part) if isinstance(part, int) or re.fullmatch(r"[\w-]{1,64}", part) else _shown(part) for part in place
+        str(part) if isinstance(part, int) or re.fullmatch(r"[\w-]{1,64}", part) else shown(part) for part in place
     )
     return ".".join(parts)

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from featurestore.artefact import read_footer
-from featurestore.errors import AlignmentError, BudgetExceeded, InputError
+from featurestore.errors import AlignmentError, BudgetExceeded, InputError, SpecError
 from featurestore.ids import IDS
 from featurestore.store import FeatureStore
 from jobs import plan
@@ -197,6 +197,37 @@ def test_a_corpus_section_that_changed_is_not_ignored(tmp_path: Path, change: di
     with pytest.raises(InputError, match=told):
         run(tmp_path, **change)
     assert FeatureStore(store.storage).digest() == store.digest()
+
+
+def test_an_address_with_a_password_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    address = "https://me:secret@127.0.0.1:9/title.txt"
+    write(tmp_path, [*rows_of(11), {"id": "t", "album": "b", "title": address}])
+    titles = {f"title {n}": f"{n}.txt" for n in range(11)}
+    for title, name in titles.items():
+        (tmp_path / name).write_text(title)
+    manifest = tmp_path / "manifest.jsonl"
+    for title, name in reversed(titles.items()):
+        manifest.write_text(manifest.read_text().replace(f'"{title}"', f'"{name}"'))
+    text = SPEC.format(folder=tmp_path, **PLAIN).replace("from: title", "from: title, read: file")
+    with pytest.raises(
+        BudgetExceeded, match=r"https://\*\*\*@127\.0\.0\.1:9/title\.txt: the address holds a name or a pas"
+    ):
+        Runner(specs.parse(text, "spec"), Console(quiet=True)).run(("shard",))
+    spec = specs.parse(f"{text}  failure_budget: 50%\n", "spec")
+    Runner(spec, Console(quiet=True)).run(("shard",))
+    store = FeatureStore(spec.store)
+    (row,) = rejected(store, "texts")
+    assert (row["id"], row["reason"]) == ("t", "unreadable")
+    kept = f"{row} {store.corpus('texts').to_arrow().to_pylist()} {store.snapshot.all()}"
+    assert "***@127.0.0.1" in kept
+    assert "secret" not in kept
+
+
+def test_a_spec_is_not_read_from_an_address_with_a_password() -> None:
+    with pytest.raises(
+        SpecError, match=r"^s3://\*\*\*@b/spec\.yaml: the address holds a name or a password; leave out all"
+    ):
+        specs.load("s3://k:secret@b/spec.yaml")
 
 
 def test_an_empty_manifest_is_told_as_such(tmp_path: Path) -> None:

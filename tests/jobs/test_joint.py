@@ -273,7 +273,7 @@ FIELDS, WRITE = (
 )
 TAKES = "'joint' takes image+text or text+image or video+audio or audio+video, but field 'title' is 'text'"
 ONE_MISTAKE = [
-    (FIELDS, '"fields": ["title"]', 'views.both.fields: ["title"] is wrong: list should have at least 2'),
+    (FIELDS, '"fields": ["title"]', 'views.both.fields: ["title"] is wrong: write a list of 2 to 16'),
     (
         FIELDS,
         '"fields": ["title", "imag"]',

@@ -68,7 +68,7 @@ def test_an_empty_tar_makes_no_shard_and_folders_are_passed_over(tmp_path: Path)
             "type: manifest",
             r"line 6: corpus\.source\.adopt: only tars are adopted: write type: web",
         ),
-        ("adopt: true", "adopt: 1", r"line 6: corpus\.source\.adopt: 1 is wrong: input should be a valid boolean"),
+        ("adopt: true", "adopt: 1", r"line 6: corpus\.source\.adopt: 1 is wrong: write true or false"),
     ],
 )
 def test_what_does_not_go_with_adopt_is_a_mistake_of_the_spec(tmp_path: Path, old: str, new: str, told: str) -> None:
