@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "LOADING", "check_gpu", "device", "giving_memory_back", "keep_freed_memory", "lacks_memory", "placed", "stacked", "to_device",
-    "to_host", "tune_process", "turns",
+    "LOADING", "check_gpu", "device", "giving_memory_back", "keep_freed_memory", "lacks_memory", "placed", "stacked",
+    "to_device", "to_host", "tune_process", "turns",
 ]  # fmt: skip
 
 LOADING = threading.Lock()
