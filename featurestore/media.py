@@ -24,6 +24,7 @@ import codecs
 import io
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,9 @@ MAX_SAMPLE_RATE = 384_000
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 AUDIO_FORMATS = ("OGG", "WAV", "WAVEX", "FLAC")
+
+_PARSING = threading.Lock()
+"""NumPy parses a header as Python: where threads do so at once, 3.11 before 3.11.8 may raise SystemError (gh-106905)."""
 
 # Once, here: warnings.catch_warnings around each value would be seen by the other threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -184,7 +188,8 @@ def decode_sensor(raw: bytes) -> NDArray[np.float32]:
         if version not in ((1, 0), (2, 0)):
             raise DecodeError("unsupported_format", f".npy format {version[0]}.{version[1]}; allowed: 1.0, 2.0")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, by_column, kind = read(file)
+        with _PARSING:
+            shape, by_column, kind = read(file)
         if kind != np.dtype("<f4") or len(shape) != 2 or by_column:
             raise DecodeError(
                 "unsupported_format", f"{kind.str} {list(shape)}; allowed: <f4 [readings, channels] in C order"

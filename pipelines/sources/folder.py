@@ -46,7 +46,7 @@ from featurestore.identity import check_id, hash64
 from pipelines.sources import SampleRef, Source, Value
 from pipelines.sources.bounds import Bounds
 from pipelines.sources.files import FileValue, change_of, expand
-from pipelines.sources.rows import Row, RowSource
+from pipelines.sources.rows import Row, RowSource, printable
 
 __all__ = ["COLUMNS", "MAX_PATTERNS", "Folder", "Listed", "Patterns", "listing", "mistakes"]
 
@@ -227,7 +227,7 @@ class Folder(RowSource):
             listed += 1
             if (matched := self._patterns.match(file.path)) is not None:
                 taken, (number, sample_id) = taken + 1, matched
-                sample_id = check_id(f"{place.prefix}{sample_id}", f"{place.path}/{file.path}")
+                sample_id = check_id(f"{place.prefix}{sample_id}", printable(f"{place.path}/{file.path}"))
                 yield sample_id, 1 << number, file.size, hash64(f"{file.path}\n{file.size}\n{file.change}")
             else:
                 self._leave(f"{place.prefix}{file.path}")

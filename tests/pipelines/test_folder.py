@@ -344,8 +344,9 @@ def test_a_folder_without_samples_or_with_a_name_that_is_no_id_is_told(
     tmp_path: Path, names: tuple[str, ...], told: str
 ) -> None:
     put(tmp_path, *names)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=told) as raised:
         list(source_of(tmp_path).references())
+    str(raised.value).encode()
 
 
 def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
