@@ -373,8 +373,15 @@ def codec(modality: str) -> Iterator[None]:
     """Turn whatever a codec raises, warnings made errors among it, into a DecodeError."""
     try:
         yield
-    except (DecodeError, MemoryError):
+    except DecodeError:
         raise
+    except MemoryError as error:
+        if not type(error).__module__.startswith("av."):
+            raise
+        # FFmpeg's own limit: a header asks for more than it gives to any file.
+        raise DecodeError(
+            "decode_error", f"the {modality} claims to need more memory than FFmpeg gives to any"
+        ) from None
     except Exception as error:
         # libsndfile and Pillow name the buffer by its address.
         detail = re.sub(r"<_io\.BytesIO[^>]*>", f"the {modality}", str(error))

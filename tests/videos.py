@@ -9,7 +9,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CODECS", "grey", "numbers", "sound", "video"]
+__all__ = ["CODECS", "greedy", "grey", "numbers", "sound", "video"]
 
 CODECS = {"mp4": "libx264", "mov": "mpeg4", "mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "ts": "libx264"}
 """Container -> a codec that people put into it."""
@@ -75,3 +75,11 @@ def sound(container: str = "mp4") -> bytes:
     with av.open(buffer, "w", format=_NAMES.get(container, container)) as file:
         _tone(file, "libopus" if container == "webm" else "aac")
     return buffer.getvalue()
+
+
+def greedy() -> bytes:
+    """An MP4 whose table of times claims two thousand million entries: FFmpeg says that there is no memory for it."""
+    raw = bytearray(video([0, 1, 2, 3], "mp4"))
+    count = raw.index(b"stts") + 8
+    raw[count : count + 4] = b"\x7f\xff\xff\xff"
+    return bytes(raw)

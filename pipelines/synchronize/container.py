@@ -67,8 +67,9 @@ def told(source: str) -> Iterator[None]:
     """Makes DecodeErrors of what FFmpeg raises."""
     try:
         yield
-    except (DecodeError, NoStream, MemoryError, GeneratorExit):
+    except (DecodeError, NoStream, GeneratorExit):
         raise
+    # One of its errors, of a header that asks for more than FFmpeg gives to any file, is a MemoryError too.
     except av.error.FFmpegError as error:
         # FFmpeg calls a container that is not allowed an invalid argument.
         unknown = isinstance(error, av.error.InvalidDataError | av.error.DemuxerNotFoundError | av.error.ArgumentError)

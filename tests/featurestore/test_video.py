@@ -181,6 +181,14 @@ def zero_wide(raw: bytes) -> bytes:
     return raw[:header] + struct.pack("<i", 0) + raw[header + 4 :]
 
 
+def test_a_header_that_asks_for_all_memory_is_damage_and_no_lack_of_memory() -> None:
+    with pytest.raises(av.error.MemoryError):
+        av.open(io.BytesIO(videos.greedy()))
+    with pytest.raises(DecodeError, match="claims to need more memory than FFmpeg gives") as raised:
+        list(video.sample(videos.greedy(), 2))
+    assert raised.value.reason == "decode_error"
+
+
 def test_no_pixels_are_told() -> None:
     raw = videos.video([0, 40], "avi", codec="rawvideo")
     media.check("video", raw)

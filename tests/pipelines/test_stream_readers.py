@@ -21,7 +21,7 @@ from featurestore.media import decode_audio, decode_image, decode_sensor
 from pipelines.sources.files import FileValue
 from pipelines.synchronize import audio, container, sensor, subtitles, video
 from pipelines.synchronize.container import NoStream, nanoseconds
-from tests import recordings
+from tests import recordings, videos
 from tests.pipelines.test_subtitles import SRT
 from tests.recordings import FPS, RATE, SECOND, frame_number, frame_times, sensor_csv
 
@@ -332,6 +332,12 @@ def test_readings_are_stored_as_float32_and_an_empty_one_is_rejected() -> None:
             DecodeError, match=r"^decode_error: s\.csv: reading 1 of the window is empty or not finite in"
         ):
             sensor.Array(np.array([[0.0, 0.0], [0.0, wrong]]), "s.csv").fetch()
+
+
+def test_a_header_that_asks_for_all_memory_is_damage_and_no_lack_of_memory(tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_bytes(videos.greedy())
+    with pytest.raises(DecodeError, match=r"^decode_error: v\.mp4: Cannot allocate memory"):
+        list(video.events(value(tmp_path / "v.mp4")))
 
 
 @settings(max_examples=60, deadline=None)
