@@ -255,7 +255,7 @@ def test_workers_of_the_cluster_log_json_where_the_submitting_process_does(
 def test_a_failure_budget_is_kept_on_dask(cluster: Cluster, small: Made, tmp_path: Path) -> None:
     made = small.copy_to(tmp_path)
     shutil.rmtree(made.store)
-    sorted(made.corpus.rglob("*.wav"))[0].write_bytes(b"no sound")
+    sorted((made.corpus / "sounds").glob("*.wav"))[0].write_bytes(b"no sound")
     with pytest.raises(BudgetExceeded, match="1 of 36 values were rejected"):
         Runner(load(made.spec), Console(quiet=True), options(cluster)).run()
 

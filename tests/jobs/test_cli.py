@@ -281,11 +281,11 @@ def test_get_prints_rows_in_the_order_asked_and_null_with_its_reason(braid: Brai
     assert second["embedding"] == pytest.approx(there["embedding"])
 
 
-def test_search_by_sound_prints_scores_ids_and_captions(braid: Braid, small: Made) -> None:
+def test_search_by_sound_prints_scores_ids_and_captions(braid: Braid, small: Made, tmp_path: Path) -> None:
     store = small.open()
     row = next(row for row in store.view("loud").to_arrow().to_pylist() if row["present"])
     corpus = store.corpus("planted")
-    sound = small.corpus / "query.wav"
+    sound = tmp_path / "query.wav"
     value = corpus.value(*corpus.locate(row["id"]), "sound")
     assert value is not None
     sound.write_bytes(value)
