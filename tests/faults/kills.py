@@ -28,7 +28,7 @@ COMMIT = "commit"
 """The kills between the last file of a job and its commit; the others go by their stage."""
 
 _POLL_S = 0.001
-_SPARE_STORES = 3
+_SPARE_STORES = 6
 
 Stats = dict[str, tuple[int, int]]
 """Path in the store -> (inode, time of change in ns): equal as long as a file was not written again."""
